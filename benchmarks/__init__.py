@@ -1,0 +1,1 @@
+"""Benchmarks: figures for RESULTS.md, each by one command."""

@@ -1,0 +1,92 @@
+"""What curvature and replayed passes cost, in units of plain passes. One thread.
+
+    python -m benchmarks.curvature
+
+1. hessian_trace over all layers: seconds per probe and batch over those of one forward and backward pass.
+2. Joint probes against layer by layer at equal standard error: seconds x variance.
+3. divergence with remembered prefixes against full forward passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from mpsearch.bundled import bundled_model
+from mpsearch.format import parse_formats
+from mpsearch.machine import fingerprint
+from mpsearch.model.data import load_batches, load_tokenizer
+from mpsearch.model.find import find_layers
+from mpsearch.model.model import load_model
+from mpsearch.model.source import Source
+from mpsearch.sensitivity.divergence import Divergence
+from mpsearch.sensitivity.hessian_trace import HessianTrace
+
+
+def seconds(work: Callable[[], object], repeat: int) -> float:
+    """Median time of some runs."""
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--layer-probes", type=int, default=6)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print(fingerprint())
+    model = load_model(bundled_model())
+    tokenizer = load_tokenizer(bundled_model())
+    batches = load_batches(Source("stdlib:calibration"), tokenizer, length=args.length, tokens=8 * args.length, batch_size=2)
+    layers = find_layers(model)
+    weights = [model.weight(layer.name) for layer in layers]
+    batch = batches[0]
+    torch.autograd.grad(model.loss(batch), weights)
+    base = seconds(lambda: torch.autograd.grad(model.loss(batch), weights), 7)
+    print(f"forward and backward, 2 x {args.length} tokens: {base:.3f} s")
+
+    for settings in ({}, {"product": "finite_difference"}):
+        estimator = HessianTrace(probes=16, least_probes=16, **settings)
+        used = seconds(lambda e=estimator: e.traces(model, batch, layers), 3)
+        name = settings.get("product", "double_backward")
+        print(f"joint, {name}: {used / 16 / base:.2f} x forward and backward per probe, over 16 probes")
+
+    start = time.perf_counter()
+    joint = np.array(HessianTrace(probes=64, least_probes=64).traces(model, batch, layers))
+    joint_seconds = (time.perf_counter() - start) / 64
+    start = time.perf_counter()
+    single = np.array(
+        HessianTrace(probes=args.layer_probes, least_probes=args.layer_probes, probing="layer").traces(model, batch, layers)
+    )
+    single_seconds = (time.perf_counter() - start) / args.layer_probes
+    variance = joint.var(axis=0, ddof=1) / single.var(axis=0, ddof=1)
+    print(
+        f"one probe of all {len(layers)} layers: joint {joint_seconds:.2f} s, layer by layer {single_seconds:.2f} s "
+        f"({single_seconds / joint_seconds:.1f} x)"
+    )
+    print(f"variance of a joint probe over that of a layer's own: median {np.median(variance):.1f} x")
+    print(f"joint at equal standard error: {single_seconds / joint_seconds / np.median(variance):.2f} x as fast")
+    print(f"correlation of the traces (log, {args.layer_probes} layer probes against 64 joint): ", end="")
+    both = (joint.mean(axis=0) > 0) & (single.mean(axis=0) > 0)
+    print(f"{np.corrcoef(np.log(joint.mean(axis=0)[both]), np.log(single.mean(axis=0)[both]))[0, 1]:.3f}")
+
+    formats = parse_formats(["int3-g64", "int4-g64", "int8-channel"])
+    fast, full = Divergence(), Divergence(reuse=False)
+    fast.score(model, batches, layers, formats[:1])
+    a = seconds(lambda: fast.score(model, batches, layers, formats), 3)
+    b = seconds(lambda: full.score(model, batches, layers, formats), 3)
+    print(f"divergence: remembered {a:.2f} s, full passes {b:.2f} s: {a / b:.2f} x")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""mpsearch decides how many bits each part of a neural network gets.
+
+All names below are loaded on first use, so that ``import mpsearch`` is quick and loads neither torch nor a database.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mpsearch.api import batches, cost, layers, measure, score, search, solve, study, wrap
+    from mpsearch.budget import Budget
+    from mpsearch.errors import (
+        InfeasibleError,
+        InputError,
+        MpsearchError,
+        ResourceError,
+        StorageError,
+        UnsafeError,
+        UsageError,
+    )
+    from mpsearch.format import Format
+    from mpsearch.front import Measurement, ParetoFront
+    from mpsearch.layer import Layer, Layers
+    from mpsearch.plan import BitPlan
+    from mpsearch.problem import Problem, Solution
+    from mpsearch.spec import StudySpec
+    from mpsearch.studying import Study
+    from mpsearch.tables import CostTable, SensitivityTable
+
+_WHERE = {
+    **dict.fromkeys(
+        ("batches", "cost", "layers", "measure", "score", "search", "solve", "study", "wrap"), "mpsearch.api"
+    ),
+    "Budget": "mpsearch.budget",
+    **dict.fromkeys(
+        (
+            "InfeasibleError",
+            "InputError",
+            "MpsearchError",
+            "ResourceError",
+            "StorageError",
+            "UnsafeError",
+            "UsageError",
+        ),
+        "mpsearch.errors",
+    ),
+    "Format": "mpsearch.format",
+    "Measurement": "mpsearch.front",
+    "ParetoFront": "mpsearch.front",
+    "Layer": "mpsearch.layer",
+    "Layers": "mpsearch.layer",
+    "BitPlan": "mpsearch.plan",
+    "Problem": "mpsearch.problem",
+    "Solution": "mpsearch.problem",
+    "StudySpec": "mpsearch.spec",
+    "Study": "mpsearch.studying",
+    "CostTable": "mpsearch.tables",
+    "SensitivityTable": "mpsearch.tables",
+}
+
+__all__ = [
+    "BitPlan",
+    "Budget",
+    "CostTable",
+    "Format",
+    "InfeasibleError",
+    "InputError",
+    "Layer",
+    "Layers",
+    "Measurement",
+    "MpsearchError",
+    "ParetoFront",
+    "Problem",
+    "ResourceError",
+    "SensitivityTable",
+    "Solution",
+    "StorageError",
+    "Study",
+    "StudySpec",
+    "UnsafeError",
+    "UsageError",
+    "batches",
+    "cost",
+    "layers",
+    "measure",
+    "score",
+    "search",
+    "solve",
+    "study",
+    "wrap",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'mpsearch' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

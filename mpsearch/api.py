@@ -1,0 +1,294 @@
+"""The functions of the public interface, each usable alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpsearch import registry
+from mpsearch.errors import InputError
+from mpsearch.format import Format, parse_formats
+from mpsearch.front import Measurement, ParetoFront
+from mpsearch.layer import Layers
+from mpsearch.plan import BitPlan
+from mpsearch.problem import Problem, Solution
+from mpsearch.spec import StudySpec
+from mpsearch.studying import Study
+from mpsearch.tables import CostTable, SensitivityTable
+
+if TYPE_CHECKING:
+    from mpsearch.model.model import Model
+
+#: Above this many cells ``solver="auto"`` takes the greedy solver instead of the integer programme.
+_EXACT_CELLS = 40_000
+
+
+def wrap(module: Any, *, loss: Any = None, logits: Any = None, name: str = "") -> Model:
+    """Make a torch module usable everywhere a model is asked for.
+
+    Args:
+        module: a torch module. It is set to evaluation mode and float32; its weights are never left changed.
+        loss: ``loss(module, batch)`` -> scalar tensor, mean per sample; what gradients are taken of.
+        logits: ``logits(module, batch)`` -> (samples, classes) or (samples, positions, classes) tensor.
+        name: what to call it.
+
+    Raises:
+        InputError: weights that are missing (E410), quantised (E411) or not finite (E412).
+
+    >>> import torch
+    >>> wrap(torch.nn.Linear(2, 2), name="toy").name
+    'toy'
+    """
+    from mpsearch.model.model import Model
+
+    return Model(module, loss=loss, logits=logits, name=name)
+
+
+def layers(model: Any, batch: Any = None, ties: Any = "auto") -> Layers:
+    """Find what can be decided in a model; ``.excluded`` says what cannot, and why.
+
+    Args:
+        model: a Hugging Face folder, a torch module or `wrap`'s result.
+        batch: what to run once to count multiply-adds and find fused layers; language models need none.
+        ties: ``auto``, ``none``, or lists of layer names or patterns, one list per tie.
+
+    >>> import torch
+    >>> found = layers(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8)))
+    >>> [layer.name for layer in found], len(found.excluded)
+    (['0'], 3)
+    """
+    from mpsearch.model.find import find_layers
+    from mpsearch.model.model import as_model
+
+    return find_layers(as_model(model), batch, ties)
+
+
+def batches(model: Any, text: str, *, tokens: int = 8192, length: int = 256, batch_size: int = 2) -> Any:
+    """Cut a text into batches of tokens for a model folder.
+
+    Args:
+        model: the folder, whose tokenizer is used.
+        text: a ``.txt`` or ``.jsonl`` file, or ``stdlib:calibration``, ``stdlib:validation``.
+        tokens: how many tokens to use.
+        length: tokens of one sequence.
+        batch_size: sequences of one batch.
+
+    Returns:
+        Batches ``{"input_ids": (sequences, length)}``.
+    """
+    from mpsearch.bundled import resolve_model
+    from mpsearch.model.data import load_batches, load_tokenizer
+    from mpsearch.model.source import Source
+
+    tokenizer = load_tokenizer(resolve_model(str(model), Path.cwd()))
+    return load_batches(Source(text), tokenizer, length=length, tokens=tokens, batch_size=batch_size)
+
+
+def score(
+    model: Any,
+    batches: Sequence[Any],
+    formats: Sequence[str],
+    estimator: str = "divergence",
+    *,
+    layers: Layers | None = None,
+    **settings: Any,
+) -> SensitivityTable:
+    """Predict the loss increase of every decision in every format.
+
+    Args:
+        model: a Hugging Face folder, a torch module or `wrap`'s result; left as it was.
+        batches: calibration batches.
+        formats: the menu.
+        estimator: name of the estimator.
+        layers: what to score; found when left out.
+        settings: of the estimator.
+
+    Returns:
+        (L, F) values with standard errors; lower is better.
+
+    Raises:
+        InputError: the estimator cannot score this model (E506), or there is no data (E501).
+    """
+    from mpsearch.evaluate.workbench import one_thread
+    from mpsearch.model.find import find_layers
+    from mpsearch.model.model import as_model
+
+    found = as_model(model)
+    chosen = registry.make("estimators", estimator, **settings)
+    refusal = chosen.refuses(found)
+    if refusal:
+        raise InputError("E506", f"estimator '{estimator}' cannot score '{found.name}': {refusal}")
+    if not batches and estimator != "weight_mse":
+        raise InputError("E501", "there are no calibration batches")
+    with one_thread():
+        what = layers if layers is not None else find_layers(found, batches[0] if batches else None)
+        table: SensitivityTable = chosen.score(found, batches, what, parse_formats(formats))
+    return table
+
+
+def cost(model: Any, formats: Sequence[str], target: str = "bytes", *, batch: Any = None, **settings: Any) -> CostTable:
+    """Say what every decision costs in every format.
+
+    Args:
+        model: as for `layers`, or its result.
+        formats: the menu.
+        target: ``bytes`` or ``bops``.
+        batch: as for `layers`.
+        settings: of the target.
+
+    >>> import torch
+    >>> cost(torch.nn.Linear(64, 8, bias=False), ["int4-g64"]).value.tolist()
+    [[272.0]]
+    """
+    found = model if isinstance(model, Layers) else layers(model, batch)
+    table: CostTable = registry.make("targets", target, **settings).cost(found, parse_formats(formats))
+    return table
+
+
+def solve(loss: Any, cost: Any, limit: Any, solver: str = "auto", **settings: Any) -> Solution:
+    """Choose one format per row: least total loss within all limits. Anybody's table.
+
+    Args:
+        loss: (N, F) loss of each row in each format; NaN or inf where a format is not offered.
+        cost: (R, N, F) cost of R resources, or (N, F) of one.
+        limit: (R,) or one number: the most each resource may total.
+        solver: ``auto`` takes ``ilp`` up to 40,000 cells and ``greedy`` above.
+        settings: of the solver.
+
+    Returns:
+        The solution; ``status`` says whether it is proven, ``gap`` how far from the bound it is.
+
+    >>> solve([[3.0, 1.0], [2.0, 0.5]], [[1, 2], [1, 2]], 3).choice.tolist()
+    [1, 0]
+    """
+    try:
+        problem = Problem(
+            np.asarray(loss, dtype=float), np.asarray(cost, dtype=float), np.atleast_1d(np.asarray(limit, dtype=float))
+        )
+    except (ValueError, TypeError) as error:
+        raise InputError("E212", f"solve: {error}") from error
+    name = solver if solver != "auto" else "ilp" if problem.loss.size <= _EXACT_CELLS else "greedy"
+    chosen = registry.make("solvers", name, **settings)
+    refusal = chosen.refuses(problem)
+    if refusal:
+        raise InputError("E210", f"solver '{name}' cannot take this: {refusal}")
+    solution: Solution = chosen.solve(problem)
+    return solution
+
+
+def measure(model: Any, plan: BitPlan | Mapping[str, str], data: Sequence[Any], *, label: str = "") -> Measurement:
+    """Run a plan for real: KL divergence from the original model and loss on the data, with standard errors.
+
+    Args:
+        model: a Hugging Face folder, a torch module or `wrap`'s result; its weights are put back bit for bit.
+        plan: a plan, or layer name -> format for every layer.
+        data: validation batches.
+        label: what to call it.
+    """
+    from mpsearch.evaluate.workbench import one_thread
+    from mpsearch.model.find import find_layers
+    from mpsearch.model.model import as_model
+
+    found = as_model(model)
+    with one_thread():
+        if not isinstance(plan, BitPlan):
+            what = find_layers(found, data[0])
+            wrong = sorted(set(plan) ^ {layer.name for layer in what})
+            if wrong:
+                raise InputError("E302", f"the plan names other layers than the model has: {', '.join(wrong[:5])}")
+            plan = BitPlan(what, {name: Format.parse(str(fmt)) for name, fmt in plan.items()})
+        measurement: Measurement = registry.make("evaluators", "kl").measure(found, plan, data, label)
+    return measurement
+
+
+def study(name: str = "", *, base: Path | None = None, **settings: Any) -> Study:
+    """Set up a study; ``run()`` computes what is missing, and a second ``run()`` nothing.
+
+    Args:
+        name: name of the study; the model's name when empty.
+        base: folder that relative paths start from.
+        settings: the fields of `StudySpec`; ``model``, ``calibration`` and ``budgets`` are needed.
+
+    Raises:
+        InputError: settings that make no sense; each error names its setting.
+        StorageError: the database cannot be opened.
+    """
+    spec = StudySpec.of(base, name=name, **settings)
+    return Study(spec, registry.make("stores", "sql", url=spec.storage))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `search` found.
+
+    Attributes:
+        plan: the plan for the budget.
+        front: the measured front.
+        study: the study behind both.
+    """
+
+    plan: BitPlan
+    front: ParetoFront
+    study: Study
+
+
+def search(
+    model: Any, calibration: Any, budget: str | Sequence[str], *, validation: Any = None, **settings: Any
+) -> Found:
+    """Find the plan of least predicted loss within a budget, and measure it against uniform plans.
+
+    Args:
+        model: a Hugging Face folder, a torch module or `wrap`'s result.
+        calibration: for a folder, a text; for a module, a list of batches.
+        budget: one budget or several.
+        validation: as ``calibration``; a module's last quarter of batches when left out.
+        settings: further fields of `StudySpec`. Without ``storage`` nothing is kept.
+
+    Returns:
+        Plan, front and study.
+    """
+    settings.setdefault("storage", "sqlite://")
+    if isinstance(model, (str, Path)):
+        held_out = {} if validation is None else {"validation": validation}
+        found = study(model=str(model), calibration=calibration, budgets=budget, **held_out, **settings)
+    else:
+        found = _study_of_module(model, calibration, validation, budget, settings)
+    front = found.run()
+    return Found(found.plans[0].plan, front, found)
+
+
+def _study_of_module(
+    model: Any, calibration: Sequence[Any], validation: Sequence[Any] | None, budget: Any, settings: dict[str, Any]
+) -> Study:
+    from mpsearch.evaluate.kl import batches_digest
+    from mpsearch.evaluate.workbench import Workbench
+    from mpsearch.model.find import find_layers
+    from mpsearch.model.model import as_model
+
+    found = as_model(model)
+    calibration = list(calibration)
+    if validation is None:
+        if len(calibration) < 4:
+            raise InputError(
+                "E504",
+                f"{len(calibration)} batches are too few to hold a quarter out",
+                advice="give validation=… as well",
+            )
+        cut = len(calibration) * 3 // 4
+        calibration, validation = calibration[:cut], calibration[cut:]
+    bench = Workbench(
+        found, calibration, list(validation), find_layers(found, calibration[0], settings.pop("ties", "auto"))
+    )
+    settings.setdefault("name", found.name)
+    budgets = (budget,) if isinstance(budget, str) else tuple(budget)
+    spec = StudySpec(model=found.name, calibration="given", budgets=budgets, **settings)
+    identity = {
+        "model": found.digest,
+        "calibration": batches_digest(bench.calibration),
+        "validation": batches_digest(bench.validation),
+    }
+    return Study(spec, registry.make("stores", "sql", url=spec.storage), work=bench.run, identity=identity)

@@ -1,0 +1,122 @@
+"""Budgets: ``RESOURCE <= AMOUNT UNIT``, exact from the text to the limit."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+
+from mpsearch.errors import InputError, did_you_mean
+from mpsearch.tables import CostTable
+
+_BYTES = {
+    "B": 1, "bytes": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
+}  # fmt: skip
+_BOPS = {"BOPs": 1, "MBOPs": 10**6, "GBOPs": 10**9, "TBOPs": 10**12}
+_UNITS: dict[str, tuple[str, ...]] = {"weights": ("bits", "%", *_BYTES), "bops": ("%", *_BOPS)}
+_PATTERN = re.compile(
+    r"\s*(?:(?P<resource>[A-Za-z_]+)\s*<=)?\s*(?P<amount>[-+]?[\d./]+(?:[eE][-+]?\d+)?|[^\s%A-Za-z]+|[A-Za-z]+)\s*(?P<unit>%|[A-Za-z]+)?\s*"
+)
+_HELP = "write one like 'weights <= 4.25 bits', 'weights <= 3.5 GiB', 'weights <= 28 %' or 'bops <= 60 %'"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A resource and the most of it that a plan may use.
+
+    Attributes:
+        resource: ``weights`` (every stored byte of the model) or ``bops``.
+        amount: exact number in ``unit``.
+        unit: ``bits`` per weight of the whole model, bytes such as ``GiB``, ``BOPs`` with a prefix, or ``%`` of the
+            model with 16-bit weights (and 16-bit activations for ``bops``).
+
+    >>> str(Budget.parse("weights<=4.25bits"))
+    'weights <= 4.25 bits'
+    >>> Budget.parse("28%")
+    Budget(resource='weights', amount=Fraction(28, 1), unit='%')
+    """
+
+    resource: str
+    amount: Fraction
+    unit: str
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read a budget; a bare amount means weights, a bare number means bits per weight.
+
+        Raises:
+            InputError: not a budget, or not a positive finite amount (E111); unknown resource or unit (E112).
+        """
+        match = _PATTERN.fullmatch(text)
+        if match is None:
+            raise InputError("E111", f"budget: got '{text}'", advice=_HELP)
+        resource = match["resource"] or "weights"
+        if resource not in _UNITS:
+            raise InputError(
+                "E112",
+                f"budget '{text}': no target gives a cost called '{resource}'{did_you_mean(resource, _UNITS)}",
+                advice=f"resources: {', '.join(_UNITS)}",
+            )
+        try:
+            amount = Fraction(match["amount"])
+        except (ValueError, ZeroDivisionError):
+            raise InputError(
+                "E111", f"budget: got '{match['amount']}', expected a number", where=text, advice=_HELP
+            ) from None
+        if amount <= 0:
+            raise InputError("E111", f"budget: got '{match['amount']}', expected more than 0", where=text, advice=_HELP)
+        unit = match["unit"] or ("bits" if resource == "weights" else "%")
+        if unit not in _UNITS[resource]:
+            raise InputError(
+                "E112",
+                f"budget '{text}': unit '{unit}' does not fit '{resource}'{did_you_mean(unit, _UNITS[resource])}",
+                advice=f"units of {resource}: {', '.join(_UNITS[resource])}",
+            )
+        return cls(resource, amount, unit)
+
+    def __str__(self) -> str:
+        return f"{self.resource} <= {decimal_text(self.amount)} {self.unit}"
+
+    def limit(self, cost: CostTable) -> int:
+        """Return the largest whole cost, in the table's unit, that keeps the budget.
+
+        Raises:
+            ValueError: the table is of another resource.
+        """
+        if cost.resource != self.resource:
+            raise ValueError(f"a budget of {self.resource} cannot be read off a table of {cost.resource}")
+        if self.unit == "%":
+            return math.floor(self.amount * Fraction(cost.reference) / 100)
+        if self.unit == "bits":
+            return math.floor(self.amount * cost.weights / 8)
+        return math.floor(self.amount * {**_BYTES, **_BOPS}[self.unit])
+
+
+def decimal_text(amount: Fraction) -> str:
+    """Write an exact amount as a decimal when it is one, else as a fraction.
+
+    >>> decimal_text(Fraction(17, 4)), decimal_text(Fraction(1, 3))
+    ('4.25', '1/3')
+    """
+    rest = amount.denominator
+    for prime in (2, 5):
+        while rest % prime == 0:
+            rest //= prime
+    if rest != 1:
+        return str(amount)
+    digits = 0
+    while (amount * 10**digits).denominator != 1:
+        digits += 1
+    whole = str(int(amount * 10**digits)).rjust(digits + 1, "0")
+    return whole if not digits else f"{whole[:-digits]}.{whole[-digits:]}"
+
+
+def parse_budgets(texts: Iterable[str]) -> tuple[Budget, ...]:
+    """Read a list of budgets; none at all is an error (E111)."""
+    found = tuple(Budget.parse(text) for text in texts)
+    if not found:
+        raise InputError("E111", "budgets: the list is empty", advice=_HELP)
+    return found

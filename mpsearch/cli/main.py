@@ -1,0 +1,71 @@
+"""The door from the shell: commands, exit codes, and errors without tracebacks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from mpsearch import __version__
+from mpsearch.cli import commands
+from mpsearch.errors import MpsearchError
+
+app = typer.Typer(
+    name="mpsearch",
+    help="Decide how many bits each part of a neural network gets.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (
+    commands.run,
+    commands.resume,
+    commands.solve,
+    commands.show,
+    commands.export,
+    commands.layers,
+    commands.demo,
+):
+    app.command()(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"mpsearch {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+) -> None:
+    commands.DEBUG.set(debug)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command line and end the process with its exit code.
+
+    0 done; 2 usage; 3 bad input; 4 infeasible; 6 storage; 7 resources; 8 refused for safety; 130 interrupted.
+    """
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code."""
+    try:
+        app(args=None if arguments is None else list(arguments))
+    except MpsearchError as error:
+        if commands.DEBUG.get():
+            raise
+        sys.stderr.write(f"{commands.plain(str(error))}\n")
+        return error.exit_code
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mpsearch.front import Measurement, ParetoFront
+from mpsearch.layer import Layers
+from mpsearch.plan import BitPlan
+from mpsearch.studying import Study
+from mpsearch.verdict import best_uniform, gain
+
+# Control characters and the marks that turn the direction of text could forge what a terminal shows.
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def safe(text: object) -> str:
+    r"""Take control and direction characters out of a text that is shown.
+
+    >>> safe("a\x1b[31mb")
+    'a?[31mb'
+    """
+    return _UNSAFE.sub("?", str(text))
+
+
+def console() -> Console:
+    """A console that writes plain text when its output is not a terminal."""
+    return Console(file=sys.stdout, highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 110)
+
+
+def _table(title: str, *columns: tuple[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold")
+    for name, justify in columns:
+        table.add_column(name, justify=justify, no_wrap=justify == "right")  # type: ignore[arg-type]
+    return table
+
+
+def front_table(measurements: Sequence[Measurement], front: ParetoFront, weights: int, chosen: str) -> Table:
+    """Measured plans, cheapest first: those on the front, and the uniform ones beside them."""
+    table = _table(
+        "Measured plans (validation text; loss is KL to the original model; lower is better)",
+        ("", "left"),
+        ("plan", "left"),
+        ("bits/weight", "right"),
+        ("bytes", "right"),
+        ("loss nats/token", "right"),
+        ("against best uniform of at most its bytes", "left"),
+    )
+    on_front = {(point.plan, point.label) for point in front}
+    shown: set[tuple[str, str]] = set()
+    for m in sorted(measurements, key=lambda m: (m.cost["weights"], m.loss)):
+        if (m.plan, m.label) in shown or m.label.startswith("random"):
+            continue
+        shown.add((m.plan, m.label))
+        uniform = best_uniform(measurements, m.cost["weights"])
+        note = ""
+        if not m.label.startswith("uniform") and uniform is not None and uniform.loss and uniform.plan != m.plan:
+            share = 100 * gain(m, uniform)
+            note = f"{abs(share):.0f} % {'lower' if share >= 0 else 'HIGHER'} than {uniform.label[8:]}"
+        mark = "►" if m.plan == chosen and m.label == "mixed" else "•" if (m.plan, m.label) in on_front else ""
+        table.add_row(
+            mark,
+            Text(safe(m.label)),
+            f"{8 * m.cost['weights'] / weights:.4f}",
+            f"{int(m.cost['weights']):,}",
+            f"{m.loss:.5f} ± {m.spread:.5f}",
+            note,
+        )
+    return table
+
+
+def layers_table(layers: Layers) -> Table:
+    """What can be decided."""
+    table = _table(
+        f"{len(layers)} layers, {len(layers.decisions)} decisions, {layers.weights:,} weights in all",
+        ("layer", "left"),
+        ("kind", "left"),
+        ("shape", "right"),
+        ("stored", "left"),
+        (f"macs/{layers.unit}", "right"),
+        ("tied or shared", "left"),
+    )
+    for layer in layers:
+        together = layer.tie or (f"same tensor as {', '.join(layer.shared)}" if layer.shared else "")
+        shape = "x".join(map(str, layer.shape))
+        table.add_row(Text(safe(layer.name)), layer.kind, shape, layer.dtype, f"{layer.macs:,}", Text(safe(together)))
+    return table
+
+
+def excluded_table(layers: Layers) -> Table:
+    """What is left out, and why."""
+    table = _table("Left out (kept as stored, and counted)", ("tensor", "left"), ("bytes", "right"), ("reason", "left"))
+    for kept in layers.excluded:
+        table.add_row(Text(safe(kept.name)), f"{kept.stored_bytes:,}", Text(safe(kept.reason)))
+    return table
+
+
+def plan_table(plan: BitPlan) -> Table:
+    """One row per decision of a plan."""
+    table = _table("Plan", ("decision", "left"), ("format", "left"), ("bytes", "right"))
+    for decision in plan.layers.decisions:
+        fmt = plan.formats[decision.layers[0].name]
+        table.add_row(Text(safe(decision.name)), str(fmt), f"{sum(fmt.bytes(x) for x in decision.layers):,}")
+    return table
+
+
+def study_json(study: Study) -> dict[str, Any]:
+    """A study's results as plain values."""
+    return {
+        "study": study.name,
+        "spec": study.spec.question(),
+        "measurements": [m.to_json() for m in study.measurements],
+        "front": [m.to_json() for m in study.front],
+        "plan": study.plans[0].plan.to_json() if study.plans else None,
+    }

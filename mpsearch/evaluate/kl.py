@@ -1,0 +1,83 @@
+"""Measuring a plan: divergence from the original model and loss on the text, per token."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from mpsearch.errors import InputError
+from mpsearch.front import Measurement, Metric
+from mpsearch.machine import machine
+from mpsearch.model.apply import quantized_weight, swapped
+from mpsearch.model.data import Batches
+from mpsearch.model.model import Model
+from mpsearch.model.reference import Reference, divergence
+from mpsearch.plan import BitPlan
+from mpsearch.sensitivity.divergence import mean_cell
+
+
+@dataclass(frozen=True)
+class Kl:
+    """KL divergence to the original model, and cross-entropy on the data's own tokens, both in nats per token.
+
+    Every layer is quantised as the plan says and the whole model runs. The standard errors are over sequences.
+    Cost: one forward pass per plan, one of the original for all plans.
+    """
+
+    version: ClassVar[int] = 1
+
+    def measure(self, model: Model, plan: BitPlan, batches: Sequence[Any], label: str = "") -> Measurement:
+        """Run a plan.
+
+        Raises:
+            InputError: the plan is for another model (E302), the original is not finite (E510), or the model under
+                the plan is not (E511).
+        """
+        if plan.model.get("digest", model.digest) != model.digest:
+            raise InputError("E302", f"the plan is for model {plan.model['digest'][:8]}…, this is {model.digest[:8]}…")
+        start = time.perf_counter()
+        reference = Reference.of(model, batches)
+        weights = {layer: quantized_weight(model, layer, plan.formats[layer.name]) for layer in plan.layers}
+        kl: list[float] = []
+        entropy: list[float] = []
+        for i, batch in enumerate(batches):
+            log_p = reference.log_probabilities(i)
+            with torch.no_grad(), swapped(model, weights):
+                found = divergence(log_p, model.logits(batch), batch)
+            kl.extend(found.kl.tolist())
+            entropy.extend(found.cross_entropy.tolist())
+        mean = mean_cell(kl)
+        if mean.status != "ok":
+            raise InputError(
+                "E511", f"the model under plan '{label or plan.assignment[:8]}' gives values that are not finite"
+            )
+        metrics = {}
+        if entropy:
+            cross = mean_cell(entropy)
+            metrics["cross_entropy"] = Metric(cross.value, cross.spread, "nats/token")
+        return Measurement(
+            plan.assignment,
+            label,
+            mean.value,
+            mean.spread,
+            "nats/token",
+            {**plan.cost, "weights": float(plan.bytes)},
+            metrics,
+            machine=machine(),
+            data={"digest": batches_digest(batches), "samples": len(kl)},
+            seconds=time.perf_counter() - start,
+        )
+
+
+def batches_digest(batches: Sequence[Any]) -> str:
+    """Return the SHA-256 of the batches' content."""
+    if isinstance(batches, Batches):
+        return batches.digest
+    from mpsearch.sensitivity.assemble import batch_seed
+
+    return hashlib.sha256(str([batch_seed(0, batch) for batch in batches]).encode()).hexdigest()

@@ -1,0 +1,119 @@
+"""A loaded model with its data, on which a study's tasks run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from mpsearch import registry
+from mpsearch.errors import InputError, Notice
+from mpsearch.format import Format
+from mpsearch.front import Measurement
+from mpsearch.layer import Layers, decisions
+from mpsearch.model.data import load_batches, load_tokenizer
+from mpsearch.model.find import find_layers
+from mpsearch.model.model import Model, load_model
+from mpsearch.plan import BitPlan
+from mpsearch.tables import SensitivityTable
+from mpsearch.tasks import ScoreTask, Setup, Survey, SurveyTask, Task
+
+
+@dataclass
+class Workbench:
+    """A model, its layers and its data.
+
+    Attributes:
+        model: the model.
+        calibration: batches that scores are taken on.
+        validation: batches that plans are measured on.
+        layers: what can be decided.
+        notices: what the user should know about the data.
+    """
+
+    model: Model
+    calibration: Sequence[Any]
+    validation: Sequence[Any]
+    layers: Layers
+    notices: tuple[Notice, ...] = ()
+    _single: dict[int, Sequence[Any]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def load(cls, setup: Setup) -> Workbench:
+        """Load what a setup names.
+
+        Raises:
+            InputError: the model or the text cannot be used.
+        """
+        model = load_model(setup.model, trust_remote_code=setup.trust_remote_code)
+        if model.context and setup.length > model.context:
+            raise InputError(
+                "E504",
+                f"length {setup.length} is more than the {model.context} tokens that the model takes",
+                advice=f"--length {model.context}",
+            )
+        tokenizer = load_tokenizer(setup.model, trust_remote_code=setup.trust_remote_code)
+        common = {"length": setup.length, "batch_size": setup.batch_size, "vocabulary": model.vocabulary}
+        calibration = load_batches(setup.calibration, tokenizer, tokens=setup.tokens, **common)
+        validation = load_batches(setup.validation, tokenizer, tokens=setup.validation_tokens, **common)
+        layers = find_layers(model, ties=setup.ties)
+        return cls(model, calibration, validation, layers, calibration.notices + validation.notices)
+
+    def run(self, task: Task) -> Survey | SensitivityTable | Measurement:
+        """Do one task on one thread, so that its result is the same on every worker."""
+        with one_thread():
+            if isinstance(task, SurveyTask):
+                return Survey(self.layers, len(self.calibration), self.model.architecture, self.notices)
+            if isinstance(task, ScoreTask):
+                return self._score(task)
+            evaluator = registry.make("evaluators", task.evaluator)
+            found: Measurement = evaluator.measure(
+                self.model, BitPlan.from_json(task.plan), self.validation, task.label
+            )
+            return found
+
+    def _score(self, task: ScoreTask) -> SensitivityTable:
+        estimator = registry.make("estimators", task.estimator, **dict(task.settings))
+        refusal = estimator.refuses(self.model)
+        if refusal:
+            raise InputError("E506", f"estimator '{task.estimator}' cannot score '{self.model.name}': {refusal}")
+        wanted = set(task.decisions)
+        layers = [x for row in decisions(self.layers) if not wanted or row.name in wanted for x in row.layers]
+        batches = self.calibration if task.batch is None else self._batch(task.batch)
+        table: SensitivityTable = estimator.score(self.model, batches, layers, [Format.parse(f) for f in task.formats])
+        return table
+
+    def _batch(self, i: int) -> Sequence[Any]:
+        # The same object each time, for what is remembered of a batch is remembered by identity.
+        return self._single.setdefault(i, [self.calibration[i]])
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: sums then do not depend on how many there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@lru_cache(maxsize=1)
+def workbench_of(setup: Setup) -> Workbench:
+    """Load a workbench once per process."""
+    return Workbench.load(setup)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Runs tasks on the workbench of a setup, in whatever process it is called."""
+
+    setup: Setup
+
+    def __call__(self, task: Task) -> Survey | SensitivityTable | Measurement:
+        return workbench_of(self.setup).run(task)

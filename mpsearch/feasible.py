@@ -1,0 +1,70 @@
+"""Checking budgets before any work is done: what is the least that any plan needs?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from mpsearch.budget import Budget, decimal_text
+from mpsearch.errors import InfeasibleError
+from mpsearch.tables import Array, CostTable
+
+
+def allowed(costs: Sequence[CostTable], pins: Mapping[str, str], menu: Sequence[str]) -> Array:
+    """Return (L, F): 0 where a format may be chosen, NaN where it is refused, barred by a pin or not in the menu."""
+    first = costs[0]
+    mask = np.zeros(first.value.shape)
+    for table in costs:
+        mask[np.isnan(table.value)] = np.nan
+    for i, name in enumerate(first.layers):
+        for j, fmt in enumerate(first.formats):
+            if fmt != pins[name] if name in pins else fmt not in menu:
+                mask[i, j] = np.nan
+    return mask
+
+
+def check_budgets(budgets: Sequence[Budget], costs: Sequence[CostTable], mask: Array, pins: Mapping[str, str]) -> None:
+    """Refuse a budget below the cheapest plan that is allowed.
+
+    Raises:
+        InfeasibleError: E201, with the smallest limit that can be met and what the pins cost.
+    """
+    for budget in budgets:
+        table = next(t for t in costs if t.resource == budget.resource)
+        cheapest = np.where(np.isnan(mask), np.inf, table.value).min(axis=1)
+        least = math.fsum(cheapest) + table.fixed
+        if least <= budget.limit(table):
+            continue
+        smallest = in_unit(least, budget, table)
+        pinned = [i for i, name in enumerate(table.layers) if name in pins]
+        free = np.nanmin(table.value, axis=1)
+        extra = math.fsum(cheapest[i] - free[i] for i in pinned)
+        why = (
+            f"{len(pinned)} pinned decisions cost {in_unit(extra, budget, table)} more than their cheapest format"
+            if extra
+            else ""
+        )
+        raise InfeasibleError(
+            "E201",
+            f"budget '{budget}' cannot be met: the cheapest allowed plan needs {smallest}",
+            because=why or f"what is not decided takes {in_unit(table.fixed, budget, table)} of it"
+            if table.fixed
+            else why,
+            advice=f"budget: {budget.resource} <= {smallest}, or offer smaller formats",
+        )
+
+
+def in_unit(cost: float, budget: Budget, table: CostTable) -> str:
+    """Write a cost in a budget's unit, rounded up so that it is enough."""
+    exact = Fraction(cost)
+    if budget.unit == "%":
+        amount = exact * 100 / Fraction(table.reference)
+    elif budget.unit == "bits":
+        amount = exact * 8 / table.weights
+    else:
+        amount = exact / Budget(budget.resource, Fraction(1), budget.unit).limit(table)
+    rounded = Fraction(math.ceil(amount * 10_000), 10_000)
+    return f"{decimal_text(rounded)} {budget.unit}"

@@ -1,0 +1,1 @@
+"""Models: loading weights, finding layers, rounding to a format."""

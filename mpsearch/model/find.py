@@ -1,0 +1,204 @@
+"""Finding the layers of a model: what can be decided, what cannot and why, and what is fused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mpsearch.errors import InputError
+from mpsearch.layer import Excluded, Layer, Layers
+from mpsearch.model.model import Batch, Model, batch_size
+
+Ties = Literal["auto", "none"] | Sequence[Sequence[str]]
+
+
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, nn.Linear) or _is_transposed(module):
+        return "linear"
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return "conv"
+    return "embedding" if isinstance(module, nn.Embedding) else ""
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    # GPT-2's linear keeps its weight as (in, out); known by name so that transformers need not be imported.
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+@dataclass
+class _Use:
+    """What one forward pass showed of a module."""
+
+    calls: int = 0
+    macs: int = 0
+    inputs: list[Tensor] = field(default_factory=list)
+
+
+def find_layers(model: Model, batch: Batch | None = None, ties: Ties = "auto") -> Layers:
+    """Find what can be decided in a model, with one forward pass.
+
+    Linear, convolution and embedding weights are decided; everything else keeps its number type and is
+    listed with the reason. A weight that several modules share is one layer. Linear siblings that read the
+    very same tensor (q/k/v, gate/up) are tied, because engines fuse them.
+
+    Args:
+        model: the model.
+        batch: what to run it on; a language model runs on eight tokens when left out.
+        ties: ``auto`` as above, ``none``, or lists of layer names or patterns, one list per tie.
+
+    Raises:
+        InputError: nothing to decide (E418), or a tie that matches nothing (E120).
+    """
+    used = _watch_forward(model, batch)
+    layers: dict[int, Layer] = {}
+    excluded: list[Excluded] = []
+    seen: dict[int, str] = {}
+    for path, module in model.module.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            full = f"{path}.{name}" if path else name
+            if id(parameter) in seen:
+                if id(parameter) in layers and name == "weight":
+                    layers[id(parameter)] = _join(layers[id(parameter)], path, used.get(path))
+                continue
+            seen[id(parameter)] = full
+            dtype = model.stored.get(full, "float32")
+            reason = _reason_to_keep(module, name, parameter, used.get(path))
+            if reason:
+                excluded.append(Excluded(full, tuple(parameter.shape), dtype, reason))
+                continue
+            use = used.get(path, _Use())
+            out_axis = 1 if _is_transposed(module) else 0
+            layers[id(parameter)] = Layer(path, _kind(module), tuple(parameter.shape), out_axis, dtype, use.macs)
+    if not layers:
+        kinds = sorted(
+            {type(m).__name__ for m in model.module.modules() if next(m.parameters(recurse=False), None) is not None}
+        )
+        raise InputError(
+            "E418",
+            f"model '{model.name}' has no Linear, Conv or Embedding weights",
+            because=f"found: {', '.join(kinds) or 'none'}",
+        )
+    per = _units(model, batch)
+    items = tuple(replace(layer, macs=layer.macs // per) for layer in layers.values())
+    found = Layers(items, tuple(excluded), "token" if model.tokens else "sample")
+    return _tie(found, used, ties)
+
+
+def _join(layer: Layer, path: str, use: _Use | None) -> Layer:
+    return replace(layer, shared=(*layer.shared, path), macs=layer.macs + (use.macs if use else 0))
+
+
+def _reason_to_keep(module: nn.Module, name: str, parameter: Tensor, use: _Use | None) -> str:
+    if parameter.ndim < 2:
+        return "1-D norm or bias vector"
+    if name != "weight" or not _kind(module):
+        return f"no quantiser for {type(module).__name__}.{name}"
+    if use is not None and use.calls == 0:
+        return "never called by the data"
+    return ""
+
+
+def _units(model: Model, batch: Batch | None) -> int:
+    if model.tokens:
+        ids = _example(model, batch)["input_ids"]
+        return int(ids.numel())
+    return batch_size(batch) if batch is not None else 1
+
+
+def _example(model: Model, batch: Batch | None) -> Any:
+    if batch is None and model.tokens:
+        return {"input_ids": torch.zeros(1, 8, dtype=torch.long)}
+    return batch
+
+
+def _watch_forward(model: Model, batch: Batch | None) -> dict[str, _Use]:
+    example = _example(model, batch)
+    if example is None:
+        return {}
+    used: dict[str, _Use] = {}
+    handles = []
+    for path, module in model.module.named_modules():
+        if _kind(module):
+            used[path] = _Use()
+            handles.append(module.register_forward_hook(_watcher(used[path])))
+    try:
+        with torch.no_grad():
+            if model.has_logits:
+                model.logits(example)
+            else:
+                model.loss(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return used
+
+
+def _watcher(use: _Use) -> Any:
+    def watch(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        use.calls += 1
+        if not args or not isinstance(args[0], Tensor):
+            return
+        # Keeping the tensor keeps its identity: a freed tensor's id could come back as another's.
+        use.inputs.append(args[0])
+        if isinstance(module, nn.Embedding):
+            return
+        weight: Any = module.weight
+        per_output = weight.numel() // weight.shape[1 if _is_transposed(module) else 0]
+        use.macs += output.numel() * per_output
+
+    return watch
+
+
+def _tie(found: Layers, used: dict[str, _Use], ties: Ties) -> Layers:
+    if isinstance(ties, str):
+        groups = _fused(found, used) if ties == "auto" else []
+    else:
+        groups = [[layer.name for pattern in group for layer in found.match(pattern)] for group in ties]
+    tie_of: dict[str, str] = {}
+    for group in groups:
+        names = list(dict.fromkeys(group))
+        for name in names:
+            if name in tie_of:
+                raise InputError("E121", f"layer '{name}' is in two ties: '{tie_of[name]}' and '{tie_name(names)}'")
+            tie_of[name] = tie_name(names)
+    return Layers(tuple(replace(x, tie=tie_of.get(x.name, "")) for x in found), found.excluded, found.unit)
+
+
+def _fused(found: Layers, used: dict[str, _Use]) -> list[list[str]]:
+    groups: dict[tuple[str, tuple[int, ...], int], list[str]] = {}
+    for layer in found:
+        use = used.get(layer.name)
+        if layer.kind != "linear" or layer.shared or use is None or not use.inputs:
+            continue
+        parent = layer.name.rpartition(".")[0]
+        groups.setdefault((parent, tuple(id(x) for x in use.inputs), layer.out_axis), []).append(layer.name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def _common(texts: Sequence[str]) -> str:
+    """The longest text that all begin with."""
+    length = 0
+    for characters in zip(*texts, strict=False):
+        if len(set(characters)) > 1:
+            break
+        length += 1
+    return texts[0][:length]
+
+
+def tie_name(names: Sequence[str]) -> str:
+    """Write the names of tied layers as one text.
+
+    >>> tie_name(["l.0.q_proj", "l.0.k_proj"])
+    'l.0.{q,k}_proj'
+    """
+    prefix = _common(names)
+    prefix = prefix[: prefix.rfind(".") + 1]
+    rests = [name[len(prefix) :] for name in names]
+    suffix = _common([rest[::-1] for rest in rests])[::-1]
+    suffix = suffix[suffix.find("_") :] if "_" in suffix else ""
+    middles = [rest[: len(rest) - len(suffix)] for rest in rests]
+    return f"{prefix}{{{','.join(middles)}}}{suffix}"

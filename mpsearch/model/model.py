@@ -1,0 +1,251 @@
+"""A model as the rest of the house sees it: a torch module in float32 with a loss and logits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mpsearch.errors import InputError
+from mpsearch.layer import DTYPE_BITS
+from mpsearch.model.checkpoint import check_stored_types, find_folder, folder_digest, read_config, weight_files
+
+Batch = Any
+Value = TypeVar("Value")
+LossFunction = Callable[[nn.Module, Batch], Tensor]
+LogitsFunction = Callable[[nn.Module, Batch], Tensor]
+
+
+class Model:
+    """A torch module in evaluation mode, computing in float32.
+
+    Attributes:
+        module: the module; its weights are never left changed.
+        name: what the user called it.
+        digest: content digest of the weights and the configuration.
+        stored: parameter name -> number type it is stored in.
+        architecture: class name of a Hugging Face model, else the module's class name.
+        tokens: true when a batch holds ``input_ids`` and the model predicts the next token.
+        vocabulary: number of tokens the model knows; 0 when it does not read tokens.
+        context: longest sequence the model takes; 0 when not known.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        loss: LossFunction | None = None,
+        logits: LogitsFunction | None = None,
+        name: str = "",
+        digest: str = "",
+        tokens: bool = False,
+    ) -> None:
+        self.name = name or type(module).__name__
+        self.stored = _stored_types(module)
+        self.digest = digest or module_digest(module)
+        self.module = module.float().eval()
+        self.architecture = type(module).__name__
+        self.tokens = tokens
+        config = getattr(module, "config", None)
+        self.vocabulary = int(getattr(config, "vocab_size", 0) or 0)
+        self.context = int(getattr(config, "max_position_embeddings", 0) or 0)
+        self._loss = loss
+        self._logits = logits
+        self._memo: dict[str, tuple[object, Any]] = {}
+        check_weights(module)
+
+    def memo(self, kind: str, owner: object, make: Callable[[], Value]) -> Value:
+        """Return what was made before for the same owner, or make it; one value of each kind is kept.
+
+        Args:
+            kind: what it is.
+            owner: the object it was made from, compared by identity.
+            make: makes it.
+        """
+        kept = self._memo.get(kind)
+        if kept is None or kept[0] is not owner:
+            self._memo.pop(kind, None)
+            kept = (owner, make())
+            self._memo[kind] = kept
+        value: Value = kept[1]
+        return value
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Unnormalised log-probabilities: (sequences, positions, vocabulary), or (samples, classes).
+
+        Raises:
+            InputError: the model gives none (E519).
+        """
+        if self._logits is not None:
+            return self._logits(self.module, batch)
+        if self.tokens:
+            output: Tensor = self.module(**batch, use_cache=False).logits
+            return output
+        raise InputError("E519", f"model '{self.name}' gives no logits", advice="wrap it: mp.wrap(module, logits=…)")
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether `logits` can be called."""
+        return self._logits is not None or self.tokens
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether `loss` can be called."""
+        return self._loss is not None or self.tokens
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean loss of a batch: nats per predicted token, or whatever the user's loss returns.
+
+        Raises:
+            InputError: the model has no loss (E506).
+        """
+        if self._loss is not None:
+            return self._loss(self.module, batch)
+        if self.tokens:
+            logits = self.logits(batch)[:, :-1]
+            return functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten())
+        raise InputError("E506", f"model '{self.name}' has no loss", advice="wrap it: mp.wrap(module, loss=…)")
+
+    def predictions(self, batch: Batch) -> int:
+        """How many predictions one sample of the batch makes: what the mean loss is over, per sample."""
+        return int(batch["input_ids"].shape[1]) - 1 if self.tokens else 1
+
+    def weight(self, layer_name: str) -> nn.Parameter:
+        """The weight of a layer."""
+        parameter = self.module.get_submodule(layer_name).weight
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
+
+
+def _stored_types(module: nn.Module) -> dict[str, str]:
+    stored = {}
+    for name, parameter in module.named_parameters():
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        if dtype not in DTYPE_BITS:
+            raise InputError("E411", f"'{name}' holds {dtype} weights", advice="start from the 16- or 32-bit weights")
+        stored[name] = dtype
+    return stored
+
+
+def check_weights(module: nn.Module) -> None:
+    """Refuse weights that are not there or not finite.
+
+    Raises:
+        InputError: meta weights (E410), or NaN or infinite ones (E412), with the first position.
+    """
+    empty = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+    if empty:
+        raise InputError(
+            "E410",
+            f"{len(empty)} weights have no data (meta device), first '{empty[0]}'",
+            because="the model was built empty and never filled",
+        )
+    for name, parameter in module.named_parameters():
+        finite = torch.isfinite(parameter.detach())
+        if not bool(finite.all()):
+            bad = (~finite).nonzero()
+            first = bad[0].tolist()
+            value = parameter.detach()[tuple(first)].item()
+            raise InputError(
+                "E412",
+                f"'{name}': {len(bad)} of {parameter.numel()} weights are not finite (first {first} = {value})",
+                because="one of them spoils its whole row",
+                advice="repair the checkpoint",
+            )
+
+
+def module_digest(module: nn.Module) -> str:
+    """Return the SHA-256 over a module's structure and its stored weights and buffers."""
+    total = hashlib.sha256(str(module).encode())
+    for name, value in module.state_dict().items():
+        if value.is_meta:
+            continue
+        total.update(f"\0{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def load_model(source: str | Path, *, trust_remote_code: bool = False) -> Model:
+    """Load a causal language model from a Hugging Face folder, safetensors only, without running its code.
+
+    Args:
+        source: the folder.
+        trust_remote_code: run the model's own code; only on the user's word.
+
+    Raises:
+        InputError: missing, cut, broken, quantised or unknown files (E101, E401 to E412).
+        UnsafeError: pickles (E801) or foreign code (E802).
+    """
+    folder = find_folder(source)
+    config = read_config(folder, trust_remote_code)
+    check_stored_types(weight_files(folder))
+    architecture = (config.get("architectures") or ["?"])[0]
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        module = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", use_safetensors=True, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except (ValueError, OSError, KeyError) as error:
+        raise InputError(
+            "E408",
+            f"'{folder}' ({architecture}) does not load as a causal language model",
+            because=str(error).splitlines()[0],
+            advice="load it yourself and give the torch module: mp.wrap(module, loss=…, logits=…)",
+        ) from error
+    return Model(module, name=folder.resolve().name, digest=folder_digest(folder), tokens=True)
+
+
+def as_model(model: Model | nn.Module | str | Path, **functions: Any) -> Model:
+    """Turn what a user may give (a folder, a torch module, a `Model`) into a `Model`.
+
+    Args:
+        model: the model.
+        functions: ``loss`` and ``logits`` for a torch module: each takes (module, batch).
+
+    Raises:
+        InputError: none of these (E409).
+    """
+    if isinstance(model, Model):
+        return model
+    if isinstance(model, nn.Module):
+        is_causal = type(model).__name__.endswith("ForCausalLM") and not functions
+        return Model(model, tokens=is_causal, **functions)
+    if isinstance(model, (str, Path)):
+        return load_model(model)
+    raise InputError("E409", f"a model is a folder, a torch module or mp.wrap(…), got {type(model).__name__}")
+
+
+def samples_of(batch: Batch) -> Iterator[Batch]:
+    """Split a batch into batches of one sample, along the first axis of every tensor in it.
+
+    >>> [tuple(x.shape) for x in samples_of(torch.zeros(2, 3))]
+    [(1, 3), (1, 3)]
+    """
+    for i in range(batch_size(batch)):
+        yield _slice(batch, i)
+
+
+def _slice(batch: Batch, i: int) -> Batch:
+    if isinstance(batch, Tensor):
+        return batch[i : i + 1]
+    if isinstance(batch, Mapping):
+        return {name: _slice(value, i) for name, value in batch.items()}
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        return type(batch)(_slice(value, i) for value in batch)  # type: ignore[call-arg]
+    return batch
+
+
+def batch_size(batch: Batch) -> int:
+    """Number of samples of a batch: the length of its first tensor."""
+    if isinstance(batch, Tensor):
+        return int(batch.shape[0])
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    return batch_size(next(iter(values)))

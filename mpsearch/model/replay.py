@@ -1,0 +1,165 @@
+"""Running a model again from the first changed layer on, with all before it remembered."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpsearch.layer import Layer
+from mpsearch.model.model import Batch, Model
+
+
+class Replay:
+    """Repeats forward passes that differ from the original only from some layer on.
+
+    A transformer is a list of blocks that run one after the other. What the block before the changed one
+    gave, and what the linears of the changed block gave before the changed one, is remembered from a pass
+    of the original model, and returned instead of computed. What follows is computed as always, so the
+    result is the same bit for bit; that is checked on the first batch, and where it does not hold (or the
+    model has no such list) every pass runs in full.
+
+    Memory: the outputs of one block boundary and of one block's linears, over all batches.
+    """
+
+    def __init__(self, model: Model, batches: Sequence[Batch]) -> None:
+        self._model = model
+        self._batches = batches
+        self._paths = {module: path for path, module in model.module.named_modules()}
+        self._blocks, self._order = _blocks_in_order(model, batches[0])
+        self._stage: int | None = None
+        self._kept: list[dict[nn.Module, Any]] = []
+        self._before = 0
+        self._linears: list[nn.Module] = []
+        self.exact = bool(self._blocks) and self._is_exact()
+
+    @classmethod
+    def of(cls, model: Model, batches: Sequence[Batch]) -> Replay:
+        """Return the replay of these batches, made once while the model is kept."""
+        return model.memo("replay", batches, lambda: cls(model, batches))
+
+    def prepare(self, layers: Sequence[Layer]) -> None:
+        """Remember what comes before these layers. Call while the model is unchanged."""
+        if not self.exact:
+            return
+        modules = [self._model.module.get_submodule(n) for layer in layers for n in (layer.name, *layer.shared)]
+        first = min(self._order.get(module, -1) for module in modules)
+        stage = sum(1 for block in self._blocks if self._order[block] <= first)
+        # A block is called before all that it holds, so the first changed layer can only be in the last block begun.
+        held = set(self._blocks[stage - 1].modules()) if stage else set()
+        inside = any(module in held for module in modules)
+        stage = stage - 1 if inside else stage if stage == len(self._blocks) else 0
+        if stage != self._stage:
+            self._remember(stage)
+        changed = set(modules)
+        self._before = stage
+        self._linears = [
+            module
+            for module in (self._kept[0] if self._kept else {})
+            if module not in self._blocks and module not in changed and self._order[module] < first
+        ]
+
+    def logits(self, i: int) -> Tensor:
+        """Logits of batch ``i`` with the model as it is now, changed in the prepared layers only."""
+        if not self.exact:
+            return self._model.logits(self._batches[i])
+        with _answering(self._skipped(self._kept[i], self._before, self._linears)):
+            return self._model.logits(self._batches[i])
+
+    def _skipped(self, kept: Mapping[nn.Module, Any], stage: int, linears: Sequence[nn.Module]) -> dict[nn.Module, Any]:
+        # Every block before the stage answers as the last of them: nobody reads what the earlier ones give,
+        # but it must look like a block's output.
+        answers = dict.fromkeys(self._blocks[:stage], kept[self._blocks[stage - 1]]) if stage else {}
+        return answers | {module: kept[module] for module in linears}
+
+    def _remember(self, stage: int) -> None:
+        keep: list[nn.Module] = []
+        if stage > 0:
+            keep.append(self._blocks[stage - 1])
+        if stage < len(self._blocks):
+            keep += [
+                module
+                for module in self._blocks[stage].modules()
+                if module in self._order and isinstance(module, nn.Linear)
+            ]
+        self._kept = []
+        for batch in self._batches:
+            self._kept.append(_outputs(self._model, batch, keep))
+        self._stage = stage
+
+    def _is_exact(self) -> bool:
+        """Compare a replay from the middle with a full pass on the first batch."""
+        stage = len(self._blocks) // 2
+        with torch.no_grad():
+            full = self._model.logits(self._batches[0])
+            kept = _outputs(self._model, self._batches[0], self._blocks[stage - 1 : stage])
+            with _answering(self._skipped(kept, stage, [])):
+                again = self._model.logits(self._batches[0])
+        return torch.equal(full, again)
+
+
+def _blocks_in_order(model: Model, batch: Batch) -> tuple[list[nn.Module], dict[nn.Module, int]]:
+    """Find the longest list of modules that run once each, in order; and the order of all that run once."""
+    calls: dict[nn.Module, list[int]] = {}
+    clock = 0
+    handles = []
+
+    def watch(module: nn.Module, args: Any) -> None:
+        nonlocal clock
+        calls.setdefault(module, []).append(clock)
+        clock += 1
+
+    for module in model.module.modules():
+        handles.append(module.register_forward_pre_hook(watch))
+    try:
+        with torch.no_grad():
+            model.logits(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    order = {module: times[0] for module, times in calls.items() if len(times) == 1}
+    lists = [list(module) for module in model.module.modules() if isinstance(module, nn.ModuleList)]
+    usable = [
+        blocks
+        for blocks in lists
+        if len(blocks) > 1
+        and all(block in order for block in blocks)
+        and all(order[a] < order[b] for a, b in itertools.pairwise(blocks))
+    ]
+    return max(usable, key=len, default=[]), order
+
+
+def _outputs(model: Model, batch: Batch, modules: Sequence[nn.Module]) -> dict[nn.Module, Any]:
+    kept: dict[nn.Module, Any] = {}
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        kept[module] = output
+
+    handles = [module.register_forward_hook(keep) for module in modules]
+    try:
+        with torch.no_grad():
+            model.logits(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return kept
+
+
+@contextmanager
+def _answering(skipped: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Let modules answer from memory instead of running."""
+    try:
+        for module, output in skipped.items():
+            module.forward = _answer(output)
+        yield
+    finally:
+        for module in skipped:
+            module.__dict__.pop("forward", None)
+
+
+def _answer(output: Any) -> Any:
+    return lambda *args, **kwargs: output

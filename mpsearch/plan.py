@@ -1,0 +1,248 @@
+"""Bit plans: which format each layer gets, and what was predicted of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mpsearch.errors import InputError
+from mpsearch.files import write_file
+from mpsearch.format import Format
+from mpsearch.keys import canonical_json, content_key
+from mpsearch.layer import Layers
+
+SCHEMA = "mpsearch/plan"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What was predicted of a plan before it ran.
+
+    Attributes:
+        loss: predicted loss increase, in ``unit``.
+        spread: its standard error.
+        unit: such as ``nats/token``.
+        bound: no plan within the budgets is predicted to lose less; ``None`` for a plan that was not solved for.
+        gap: relative distance between ``loss`` and ``bound``.
+        cost: resource -> total cost, what is not decided included.
+    """
+
+    loss: float | None = None
+    spread: float | None = None
+    unit: str = ""
+    bound: float | None = None
+    gap: float | None = None
+    cost: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "loss": self.loss,
+            "spread": self.spread,
+            "unit": self.unit,
+            "bound": self.bound,
+            "gap": self.gap,
+            "cost": {name: whole(value) for name, value in self.cost.items()},
+        }
+
+
+def whole(value: float) -> float | int:
+    """Return an integer where a number is one, so that bytes print as bytes.
+
+    >>> whole(3.0), whole(0.5)
+    (3, 0.5)
+    """
+    return int(value) if math.isfinite(value) and value == int(value) else value
+
+
+@dataclass(frozen=True)
+class BitPlan:
+    """A format for every layer of one model.
+
+    Attributes:
+        layers: the model's layers and what is left out.
+        formats: layer name -> format, for every layer.
+        model: ``name`` and ``digest`` of the model.
+        predicted: predicted loss and costs.
+        source: how the plan was made: study, budgets, estimator, solver, ….
+
+    >>> from mpsearch.layer import Layer
+    >>> layers = Layers((Layer("fc", "linear", (8, 64)),))
+    >>> plan = BitPlan(layers, {"fc": Format.parse("int4-g64")})
+    >>> plan.bytes, BitPlan.from_json(plan.to_json()) == plan
+    (272, True)
+    """
+
+    layers: Layers
+    formats: Mapping[str, Format]
+    model: Mapping[str, str] = field(default_factory=dict)
+    predicted: Predicted = field(default_factory=Predicted)
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [layer.name for layer in self.layers]
+        if set(names) != set(self.formats):
+            wrong = sorted(set(names) ^ set(self.formats))
+            raise ValueError(f"a plan needs a format for each layer and no other; wrong or missing: {wrong[:5]}")
+        object.__setattr__(self, "formats", {name: self.formats[name] for name in names})
+
+    @property
+    def loss(self) -> float | None:
+        """Predicted loss increase."""
+        return self.predicted.loss
+
+    @property
+    def cost(self) -> Mapping[str, float]:
+        """Predicted total costs."""
+        return self.predicted.cost
+
+    @property
+    def bytes(self) -> int:
+        """Exact bytes of the whole model under this plan, left-out tensors included."""
+        return self.layers.excluded_bytes + sum(self.formats[layer.name].bytes(layer) for layer in self.layers)
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per weight of the whole model."""
+        return 8 * self.bytes / self.layers.weights
+
+    @property
+    def key(self) -> str:
+        """Content key: the digest inside the file."""
+        return content_key(self._body())
+
+    @property
+    def assignment(self) -> str:
+        """Key of what the plan does (model and formats), whatever was predicted of it."""
+        return content_key([self.model.get("digest", ""), {name: str(fmt) for name, fmt in self.formats.items()}])
+
+    def _body(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "schema_version": SCHEMA_VERSION,
+            "model": {**self.model, "weights": self.layers.weights, "macs_per": self.layers.unit},
+            "tensors": [
+                {
+                    "name": layer.tensor,
+                    "layer": layer.name,
+                    "kind": layer.kind,
+                    "shape": list(layer.shape),
+                    "out_axis": layer.out_axis,
+                    "stored_dtype": layer.dtype,
+                    "macs": layer.macs,
+                    "tie": layer.tie,
+                    "shared_with": list(layer.shared),
+                    "format": str(self.formats[layer.name]),
+                    "bytes": self.formats[layer.name].bytes(layer),
+                }
+                for layer in self.layers
+            ],
+            "kept": [{**kept.to_json(), "bytes": kept.stored_bytes} for kept in self.layers.excluded],
+            "predicted": {**self.predicted.to_json(), "bytes": self.bytes},
+            "source": dict(self.source),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain values, with its digest."""
+        return {**self._body(), "digest": self.key}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], where: str = "plan") -> BitPlan:
+        """Read a plan.
+
+        Args:
+            data: what `to_json` returned.
+            where: name of the file, for messages.
+
+        Raises:
+            InputError: not a plan, of a newer schema, or changed since it was written (E304).
+        """
+        try:
+            if data["schema"] != SCHEMA:
+                raise KeyError("schema")
+            version = data["schema_version"]
+            if version != SCHEMA_VERSION:
+                raise InputError(
+                    "E304",
+                    f"{where}: plan schema {version}; this version reads {SCHEMA_VERSION}",
+                    advice="update mpsearch",
+                )
+            rest = {name: value for name, value in data.items() if name != "digest"}
+            if content_key(rest) != data["digest"]:
+                raise InputError("E304", f"{where}: the digest does not match: the file was cut or edited")
+            return cls._from_body(data)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError("E304", f"{where}: not a bit plan ({type(error).__name__}: {error})") from error
+
+    @classmethod
+    def _from_body(cls, data: Mapping[str, Any]) -> BitPlan:
+        items = [
+            {**t, "name": t["layer"], "dtype": t["stored_dtype"], "shared": t["shared_with"]} for t in data["tensors"]
+        ]
+        model = {name: str(value) for name, value in data["model"].items() if name not in ("weights", "macs_per")}
+        predicted = {name: value for name, value in data["predicted"].items() if name != "bytes"}
+        return cls(
+            Layers.from_json({"layers": items, "excluded": data["kept"], "unit": data["model"]["macs_per"]}),
+            {t["layer"]: Format.parse(t["format"]) for t in data["tensors"]},
+            model,
+            Predicted(**predicted),
+            dict(data["source"]),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, whole or not at all."""
+        write_file(Path(path), json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> BitPlan:
+        """Read a plan file.
+
+        Raises:
+            InputError: the file is missing (E101) or not a whole plan (E304).
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError("E101", f"plan file '{path}' cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise InputError("E304", f"{path}: not a text file") from error
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError("E304", f"{path}: not JSON ({error}): the file was cut or edited") from error
+        if not isinstance(data, dict):
+            raise InputError("E304", f"{path}: not a bit plan")
+        return cls.from_json(data, str(path))
+
+    def compare(self, other: BitPlan) -> list[tuple[str, Format, Format]]:
+        """List the layers on which two plans of one model differ: name, this format, the other's.
+
+        Raises:
+            InputError: the plans are for different models (E302).
+        """
+        mine, theirs = list(self.formats), list(other.formats)
+        if self.model.get("digest") != other.model.get("digest") or mine != theirs:
+            raise InputError("E302", "the plans are for different models")
+        return [(name, f, other.formats[name]) for name, f in self.formats.items() if f != other.formats[name]]
+
+    @classmethod
+    def uniform(cls, layers: Layers, fmt: Format, fallback: Sequence[Format], model: Mapping[str, str]) -> BitPlan:
+        """Make the plan that gives every layer one format, or the first fallback it can take.
+
+        Raises:
+            InputError: a layer can take none of them (E130).
+        """
+        formats = {}
+        for layer in layers:
+            taken = next((f for f in (fmt, *fallback) if not f.refuses(layer)), None)
+            if taken is None:
+                raise InputError("E130", f"layer '{layer.name}': {fmt.refuses(layer)}")
+            formats[layer.name] = taken
+        return cls(layers, formats, model, source={"uniform": str(fmt)})
+
+    def __hash__(self) -> int:
+        return hash(canonical_json(self._body()))

@@ -1,0 +1,252 @@
+"""From tables to plans: pins, menus, budgets, and the plans a study compares. Needs neither the model nor torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from mpsearch import registry
+from mpsearch.budget import Budget
+from mpsearch.errors import InfeasibleError, InputError, Notice
+from mpsearch.feasible import allowed, check_budgets
+from mpsearch.format import Format
+from mpsearch.layer import Layers
+from mpsearch.plan import BitPlan, Predicted
+from mpsearch.problem import Problem, Solution
+from mpsearch.spec import StudySpec
+from mpsearch.tables import Array, CostTable, SensitivityTable
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A plan and what it is to its study: ``mixed``, ``uniform FORMAT`` or ``random N``."""
+
+    label: str
+    plan: BitPlan
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Makes plans for one model from its tables.
+
+    Attributes:
+        spec: the question.
+        layers: what is decided.
+        model: ``name``, ``digest`` and ``architecture`` of the model.
+    """
+
+    spec: StudySpec
+    layers: Layers
+    model: Mapping[str, str]
+
+    @cached_property
+    def menu(self) -> tuple[Format, ...]:
+        """The formats that are offered to every layer."""
+        return tuple(Format.parse(text) for text in self.spec.formats)
+
+    @cached_property
+    def pins(self) -> Mapping[str, str]:
+        """Decision name -> the format it must take.
+
+        Raises:
+            InputError: a pattern matches nothing (E120), two pins split a fused group (E121), or a layer cannot take
+                the format (E130).
+        """
+        found: dict[str, tuple[str, str]] = {}
+        for pattern, fmt in self.spec.pins.items():
+            wanted = Format.parse(fmt)
+            for layer in self.layers.match(pattern):
+                if wanted.refuses(layer):
+                    raise InputError("E130", f"pin '{pattern}': layer '{layer.name}': {wanted.refuses(layer)}")
+                decision = layer.tie or layer.name
+                other, first = found.setdefault(decision, (str(wanted), layer.name))
+                if other != str(wanted):
+                    raise InputError(
+                        "E121",
+                        f"'{first}' is pinned to {other} and '{layer.name}' to {wanted}, but they are one decision",
+                        advice=f"give one format to '{decision}', or set ties = \"none\"",
+                    )
+        return {decision: text for decision, (text, _) in found.items()}
+
+    @cached_property
+    def formats(self) -> tuple[Format, ...]:
+        """The menu and the formats that only pins name: the columns of every table."""
+        return tuple(dict.fromkeys([*self.menu, *(Format.parse(text) for text in sorted(set(self.pins.values())))]))
+
+    @cached_property
+    def costs(self) -> tuple[CostTable, ...]:
+        """Cost of every decision in every format, one table per resource, weights first."""
+        targets = ["bytes", *(["bops"] if any(layer.macs for layer in self.layers) else [])]
+        return tuple(registry.make("targets", name).cost(self.layers, self.formats) for name in targets)
+
+    @cached_property
+    def mask(self) -> Array:
+        """(L, F): 0 where a format may be chosen, NaN elsewhere.
+
+        Raises:
+            InputError: a layer can take no format of the menu (E130).
+        """
+        mask = allowed(self.costs, self.pins, [str(fmt) for fmt in self.menu])
+        for decision, row in zip(self.layers.decisions, mask, strict=True):
+            if np.isnan(row).all():
+                layer = next(
+                    x for x in decision.layers if all(fmt.refuses(x) for fmt in self.menu) or x is decision.layers[-1]
+                )
+                reason = next((fmt.refuses(layer) for fmt in self.menu if fmt.refuses(layer)), "no format is offered")
+                raise InputError("E130", f"layer '{layer.name}': {reason}", advice="offer another format as well")
+        return mask
+
+    def check(self, budgets: Sequence[Budget]) -> None:
+        """Refuse budgets that no plan can keep.
+
+        Raises:
+            InfeasibleError: E201.
+        """
+        for budget in budgets:
+            if budget.resource not in {table.resource for table in self.costs}:
+                raise InputError("E420", f"budget '{budget}': the model has no known multiply-adds")
+        check_budgets(budgets, self.costs, self.mask, self.pins)
+
+    def holds_all(self, budgets: Sequence[Budget]) -> Notice | None:
+        """Say so when the budget of weights holds the whole model at 16 bits, so that nothing is to be searched."""
+        weights = self.costs[0]
+        if self.spec.pins or any(b.resource != "weights" or b.limit(weights) < weights.reference for b in budgets):
+            return None
+        return Notice(
+            "W112",
+            f"budget {' and '.join(map(str, budgets))} is more than the model needs at 16 bits "
+            f"({weights.reference / 2**20:.2f} MiB): nothing to search, every layer stays at 16 bits",
+        )
+
+    def at_16_bits(self) -> BitPlan:
+        """The plan that keeps every layer at 16 bits."""
+        formats = {x.name: Format.parse("fp16" if x.dtype == "float16" else "bf16") for x in self.layers}
+        return self._priced(BitPlan(self.layers, formats, self.model, source={"uniform": "16 bits"}))
+
+    def solve(self, scores: SensitivityTable, budgets: Sequence[Budget]) -> tuple[Problem, Solution]:
+        """Solve for the least predicted loss within budgets.
+
+        Raises:
+            InfeasibleError: proven that nothing fits (E201).
+            InputError: the solver cannot take the problem, or found nothing in its time (E210).
+        """
+        self.check(budgets)
+        problem = Problem.of(offered_only(scores, self.mask), self.costs, budgets)
+        solver = registry.make("solvers", self.spec.solver, **self.spec.solver_settings)
+        refusal = solver.refuses(problem)
+        if refusal:
+            raise InputError("E210", f"solver '{self.spec.solver}' cannot take this: {refusal}")
+        solution = solver.solve(problem)
+        if solution.status == "infeasible":
+            raise InfeasibleError(
+                "E203",
+                f"budgets {' and '.join(map(str, budgets))} cannot be kept together",
+                because="each can be kept alone",
+                advice="loosen one of them",
+            )
+        if solution.status == "unsolved":
+            raise InputError(
+                "E210", f"solver '{self.spec.solver}' found no plan", advice='give it more time, or use solver = "ilp"'
+            )
+        return problem, solution
+
+    def mixed(self, scores: SensitivityTable, budgets: Sequence[Budget]) -> BitPlan:
+        """The plan of least predicted loss within budgets (see `solve`)."""
+        _, solution = self.solve(scores, budgets)
+        source = {
+            "budgets": [str(budget) for budget in budgets],
+            "estimator": {"name": self.spec.estimator, **self.spec.estimator_settings},
+            "solver": {"name": solution.solver, **self.spec.solver_settings},
+            "status": solution.status,
+            "prices": {
+                f"{scores.unit} per {self.costs[0].unit if b.resource == 'weights' else b.resource}": price
+                for b, price in zip(budgets, solution.prices, strict=True)
+                if math.isfinite(price)
+            },
+            "scores": scores.source.get("scope", ""),
+        }
+        plan = self._from_choice(solution.choice, source)
+        rows = np.arange(len(solution.choice))
+        spread = scores.spread[rows, solution.choice]
+        predicted = Predicted(
+            solution.loss,
+            math.sqrt(math.fsum(x * x for x in spread)) if np.isfinite(spread).all() else None,
+            scores.unit,
+            solution.bound if math.isfinite(solution.bound) else None,
+            solution.gap if math.isfinite(solution.gap) else None,
+            plan.cost,
+        )
+        return replace(plan, predicted=predicted)
+
+    def predict(self, scores: SensitivityTable, plan: BitPlan) -> BitPlan:
+        """Add the predicted loss to a plan that was not solved for."""
+        columns = {name: j for j, name in enumerate(scores.formats)}
+        choice = [columns.get(str(plan.formats[row.layers[0].name]), -1) for row in self.layers.decisions]
+        cells = [(scores.value[i, j], scores.spread[i, j]) for i, j in enumerate(choice) if j >= 0]
+        if len(cells) < len(choice) or not all(math.isfinite(value) for value, _ in cells):
+            return plan
+        spread = math.sqrt(math.fsum(s * s for _, s in cells)) if all(math.isfinite(s) for _, s in cells) else None
+        predicted = Predicted(math.fsum(v for v, _ in cells), spread, scores.unit, cost=plan.cost)
+        return replace(plan, predicted=predicted)
+
+    def uniform(self) -> Iterator[Labelled]:
+        """One plan per format of the menu; a layer that cannot take it gets the next larger format that it can."""
+        by_size = sorted(self.menu, key=lambda fmt: fmt.bits)
+        for fmt in self.menu:
+            larger = [f for f in by_size if f.bits >= fmt.bits] + [f for f in reversed(by_size) if f.bits < fmt.bits]
+            yield Labelled(f"uniform {fmt}", self._priced(BitPlan.uniform(self.layers, fmt, larger, self.model)))
+
+    def sweep(self, scores: SensitivityTable, budgets: Sequence[Budget], points: int) -> Iterator[Labelled]:
+        """Plans for budgets of weights at even distances between the least and the most that plans can take."""
+        weights = self.costs[0]
+        others = [b for b in budgets if b.resource != "weights"]
+        table = weights.value + self.mask
+        least = math.fsum(np.nanmin(table, axis=1)) + weights.fixed
+        most = math.fsum(np.nanmax(table, axis=1)) + weights.fixed
+        for k in range(points):
+            limit = int(least + (most - least) * k / max(points - 1, 1))
+            try:
+                yield Labelled("mixed", self.mixed(scores, [Budget("weights", Fraction(limit), "B"), *others]))
+            except InfeasibleError:
+                continue  # another budget leaves no plan this small; the front starts further on
+
+    def random(self, scores: SensitivityTable, budgets: Sequence[Budget], count: int) -> Iterator[Labelled]:
+        """Random plans that fill the budgets, for comparison."""
+        problem = Problem.of(offered_only(scores, self.mask), self.costs, budgets)
+        for k in range(count):
+            solution = registry.make("solvers", "random", seed=self.spec.seed + k).solve(problem)
+            if solution.status == "feasible":
+                plan = self._from_choice(solution.choice, {"random": self.spec.seed + k})
+                yield Labelled(f"random {k}", self.predict(scores, plan))
+
+    def _from_choice(self, choice: Any, source: Mapping[str, Any]) -> BitPlan:
+        formats = {
+            layer.name: self.formats[int(column)]
+            for decision, column in zip(self.layers.decisions, choice, strict=True)
+            for layer in decision.layers
+        }
+        return self._priced(BitPlan(self.layers, formats, self.model, source=source))
+
+    def _priced(self, plan: BitPlan) -> BitPlan:
+        cost: dict[str, float] = {"weights": plan.bytes}
+        if any(layer.macs for layer in self.layers):
+            bops = registry.make("targets", "bops")
+            cost["bops"] = math.fsum(bops.cost([x], [plan.formats[x.name]]).value[0, 0] for x in self.layers if x.macs)
+        return replace(plan, predicted=Predicted(cost=cost))
+
+
+def offered_only(scores: SensitivityTable, mask: Array) -> SensitivityTable:
+    """Leave out what is not offered, and take losses below zero as zero.
+
+    A divergence cannot be negative; an estimate can, within its noise. A negative loss would draw bits away from
+    a layer for no reason, so the solver sees zero; the table itself keeps what was estimated.
+    """
+    value = np.where(np.isnan(mask), np.nan, np.maximum(scores.value, 0.0))
+    return SensitivityTable(scores.layers, scores.formats, value, scores.spread, scores.unit, source=scores.source)
+

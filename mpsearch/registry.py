@@ -1,0 +1,87 @@
+"""Names users type, and the code behind them, loaded on first use.
+
+Plug-ins join through entry points of the groups ``mpsearch.estimators``, ``mpsearch.targets``,
+``mpsearch.solvers``, ``mpsearch.evaluators`` and ``mpsearch.exporters``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from mpsearch.errors import InputError, did_you_mean
+
+BUILT_IN: Mapping[str, Mapping[str, str]] = {
+    "estimators": {
+        "weight_mse": "mpsearch.sensitivity.weight_mse:WeightMse",
+        "output_mse": "mpsearch.sensitivity.output_mse:OutputMse",
+        "hessian_trace": "mpsearch.sensitivity.hessian_trace:HessianTrace",
+        "fisher": "mpsearch.sensitivity.fisher:Fisher",
+        "divergence": "mpsearch.sensitivity.divergence:Divergence",
+    },
+    "targets": {"bytes": "mpsearch.hardware.bytes:Bytes", "bops": "mpsearch.hardware.bops:Bops"},
+    "solvers": {
+        "ilp": "mpsearch.solvers.ilp:Ilp",
+        "greedy": "mpsearch.solvers.greedy:Greedy",
+        "bound": "mpsearch.solvers.bound:Bound",
+        "random": "mpsearch.solvers.random_fill:RandomFill",
+    },
+    "evaluators": {"kl": "mpsearch.evaluate.kl:Kl"},
+    "exporters": {"native": "mpsearch.exports.native:Native", "llama.cpp": "mpsearch.exports.llama_cpp:LlamaCpp"},
+    "executors": {"local": "mpsearch.executors.local:Local"},
+    "work": {"workbench": "mpsearch.evaluate.workbench:Work"},
+    "reports": {"html": "mpsearch.web.report:report_html", "data": "mpsearch.web.report_data:ReportData"},
+    "stores": {"sql": "mpsearch.storage.store:SqlStore"},
+}
+
+
+def names(kind: str) -> tuple[str, ...]:
+    """List the names of a kind, built-ins first."""
+    plugged = (point.name for point in entry_points(group=f"mpsearch.{kind}"))
+    return tuple(dict.fromkeys([*BUILT_IN[kind], *plugged]))
+
+
+def load(kind: str, name: str) -> Any:
+    """Return the class behind a name.
+
+    Raises:
+        InputError: no such name (E107).
+
+    >>> load("solvers", "greedy").__name__
+    'Greedy'
+    """
+    path = BUILT_IN[kind].get(name)
+    if path is not None:
+        module, _, attribute = path.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    for point in entry_points(group=f"mpsearch.{kind}"):
+        if point.name == name:
+            return point.load()
+    known = names(kind)
+    raise InputError("E107", f"{kind}: no '{name}'{did_you_mean(name, known)}", advice=f"there is {', '.join(known)}")
+
+
+def settings(kind: str, name: str) -> tuple[str, ...]:
+    """List the settings that a component takes."""
+    return tuple(inspect.signature(load(kind, name)).parameters)
+
+
+def make(kind: str, name: str, **values: Any) -> Any:
+    """Load a component and set it up.
+
+    Raises:
+        InputError: no such name (E107) or no such setting (E107).
+    """
+    component = load(kind, name)
+    known = settings(kind, name)
+    for setting in values:
+        if setting not in known:
+            raise InputError(
+                "E107",
+                f"{kind}: '{name}' has no setting '{setting}'{did_you_mean(setting, known)}",
+                advice=f"settings: {', '.join(known) or 'none'}",
+            )
+    return component(**values)

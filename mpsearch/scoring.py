@@ -1,0 +1,125 @@
+"""Scores of a study: which cells are missing, who computes them, and the table they make."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mpsearch import registry
+from mpsearch.format import Format
+from mpsearch.layer import Layers
+from mpsearch.ports import Store
+from mpsearch.records import CellRow
+from mpsearch.tables import SensitivityTable
+from mpsearch.tasks import ScoreTask
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """The scoring of one model by one estimator, kept cell by cell under its scope.
+
+    Attributes:
+        scope: content key of everything that the scores depend on.
+        estimator: name of the estimator.
+        settings: its settings.
+        layers: what is scored.
+        formats: in which formats.
+        batches: number of calibration batches.
+    """
+
+    scope: str
+    estimator: str
+    settings: tuple[tuple[str, Any], ...]
+    layers: Layers
+    formats: tuple[Format, ...]
+    batches: int
+
+    def table(
+        self,
+        store: Store,
+        compute: Callable[[Sequence[ScoreTask]], Iterator[tuple[int, SensitivityTable]]],
+        report: Callable[[int, int], None],
+    ) -> SensitivityTable:
+        """Return the scores; compute and keep only the cells that are missing.
+
+        Args:
+            store: where cells are kept.
+            compute: does tasks, and yields (index, table) as they are done.
+            report: called with (done, total).
+        """
+        known = store.get("scores", self.scope)
+        if known is not None:
+            return SensitivityTable.from_json(known)
+        by_batch = registry.load("estimators", self.estimator).by == "batch"
+        rows = {(r.layer, r.format, r.batch): r for r in store.cells(self.scope)}
+        tasks = list(self._missing(rows.keys(), by_batch))
+        total = self.batches if by_batch else len(list(self._missing((), False)))
+        report(total - len(tasks), total)
+        started = time.perf_counter()
+        for done, (i, table) in enumerate(compute(tasks), start=1):
+            store.put("score_unit", self.scope, {"unit": table.unit})
+            seconds = (time.perf_counter() - started) / done
+            store.put_cells(self.scope, list(_rows_of(table, tasks[i].batch, seconds)))
+            report(total - len(tasks) + done, total)
+        found = self._assemble(store, by_batch)
+        store.put("scores", self.scope, found.to_json())
+        return found
+
+    def _missing(self, known: Any, by_batch: bool) -> Iterator[ScoreTask]:
+        names = [str(fmt) for fmt in self.formats]
+        if by_batch:
+            first = self.layers.decisions[0].name
+            for i in range(self.batches):
+                # A batch's cells are kept in one transaction: all are there, or none.
+                if (first, names[0], i) not in known:
+                    yield ScoreTask(self.estimator, self.settings, (), tuple(names), i)
+            return
+        for decision in self.layers.decisions:
+            for fmt in self.formats:
+                offered = not any(fmt.refuses(layer) for layer in decision.layers)
+                if offered and (decision.name, str(fmt), -1) not in known:
+                    yield ScoreTask(self.estimator, self.settings, (decision.name,), (str(fmt),))
+
+    def _assemble(self, store: Store, by_batch: bool) -> SensitivityTable:
+        rows = {(r.layer, r.format, r.batch): r for r in store.cells(self.scope)}
+        unit = (store.get("score_unit", self.scope) or {}).get("unit", "")
+        indices: Sequence[int] = range(self.batches) if by_batch else (-1,)
+        return SensitivityTable.mean([self._part(rows, i, unit) for i in indices])
+
+    def _part(self, rows: dict[tuple[str, str, int], CellRow], batch: int, unit: str) -> SensitivityTable:
+        names = tuple(decision.name for decision in self.layers.decisions)
+        formats = tuple(str(fmt) for fmt in self.formats)
+        empty = CellRow("", "", batch, "not_offered", None, None, 0)
+        cells = [[rows.get((name, fmt, batch), empty) for fmt in formats] for name in names]
+        shape = (len(names), len(formats))
+        return SensitivityTable(
+            names,
+            formats,
+            np.array([[math.nan if c.value is None else c.value for c in row] for row in cells]).reshape(shape),
+            np.array([[math.nan if c.spread is None else c.spread for c in row] for row in cells]).reshape(shape),
+            unit,
+            tuple(tuple(c.status for c in row) for row in cells),  # type: ignore[misc]
+            max((c.samples for row in cells for c in row), default=0),
+            {"estimator": self.estimator, "settings": dict(self.settings), "scope": self.scope},
+        )
+
+
+def _rows_of(table: SensitivityTable, batch: int | None, seconds: float) -> Iterator[CellRow]:
+    for i, name in enumerate(table.layers):
+        for j, fmt in enumerate(table.formats):
+            value, spread = float(table.value[i, j]), float(table.spread[i, j])
+            yield CellRow(
+                name,
+                fmt,
+                -1 if batch is None else batch,
+                table.status[i][j],
+                value if math.isfinite(value) else None,
+                spread if math.isfinite(spread) else None,
+                table.samples,
+                seconds=seconds,
+            )

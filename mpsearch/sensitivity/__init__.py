@@ -1,0 +1,1 @@
+"""Estimators: what each format would hurt, per decision, with error bars."""

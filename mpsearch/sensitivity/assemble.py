@@ -1,0 +1,118 @@
+"""Putting single numbers into a table, and the quantisation errors that estimators share."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from mpsearch.format import Format
+from mpsearch.layer import Decision, Layer, decisions
+from mpsearch.model.apply import quantized_weight
+from mpsearch.model.model import Model
+from mpsearch.tables import SensitivityTable, Status
+
+#: Quantisation errors of all layers in all formats are kept up to this many bytes, else computed again.
+KEEP_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One score: value, standard error (NaN where unknown), status."""
+
+    value: float = math.nan
+    spread: float = math.nan
+    status: Status = "ok"
+
+
+def offered(decision: Decision, fmt: Format) -> bool:
+    """Whether every layer of a decision can take a format."""
+    return not any(fmt.refuses(layer) for layer in decision.layers)
+
+
+def build_table(
+    layers: Sequence[Layer],
+    formats: Sequence[Format],
+    cell: Callable[[Decision, Format], Cell],
+    *,
+    unit: str,
+    samples: int,
+    source: Mapping[str, Any],
+) -> SensitivityTable:
+    """Ask for every cell that is offered and put the answers into a table.
+
+    A value that is not finite becomes the status ``non_finite``.
+    """
+    rows = decisions(layers)
+    found = [
+        [_checked(cell(row, fmt)) if offered(row, fmt) else Cell(status="not_offered") for fmt in formats]
+        for row in rows
+    ]
+    shape = (len(rows), len(formats))
+    return SensitivityTable(
+        tuple(row.name for row in rows),
+        tuple(str(fmt) for fmt in formats),
+        np.array([[c.value for c in row] for row in found]).reshape(shape),
+        np.array([[c.spread for c in row] for row in found]).reshape(shape),
+        unit,
+        tuple(tuple(c.status for c in row) for row in found),
+        samples,
+        source,
+    )
+
+
+def _checked(cell: Cell) -> Cell:
+    return Cell(status="non_finite") if cell.status == "ok" and not math.isfinite(cell.value) else cell
+
+
+def batch_seed(seed: int, batch: Any) -> int:
+    """Make a seed from a seed and a batch's content, so that random draws do not depend on who scores the batch."""
+    total = hashlib.sha256(str(seed).encode())
+    for tensor in _tensors(batch):
+        total.update(tensor.detach().contiguous().numpy().tobytes())
+    return int.from_bytes(total.digest()[:7])
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for name in sorted(batch):
+            yield from _tensors(batch[name])
+    elif isinstance(batch, Sequence) and not isinstance(batch, str):
+        for value in batch:
+            yield from _tensors(value)
+
+
+class Deltas:
+    """Quantisation errors Q(W) - W, kept while they fit.
+
+    Memory: one float32 copy of the weights per format, or `KEEP_BYTES`, whichever is less.
+    """
+
+    def __init__(self, model: Model, keep_bytes: int = KEEP_BYTES) -> None:
+        self._model = model
+        self._kept: dict[tuple[str, Format], Tensor] = {}
+        self._room = keep_bytes
+
+    @classmethod
+    def of(cls, model: Model) -> Deltas:
+        """Return the errors of this model, shared between the estimators that use them."""
+        return model.memo("deltas", model, lambda: cls(model))
+
+    def __call__(self, layer: Layer, fmt: Format) -> Tensor:
+        """Q(W) - W of a layer in a format: float32, the weight's shape."""
+        known = self._kept.get((layer.name, fmt))
+        if known is not None:
+            return known
+        delta = quantized_weight(self._model, layer, fmt) - self._model.weight(layer.name).detach()
+        size = delta.numel() * delta.element_size()
+        if size <= self._room:
+            self._room -= size
+            self._kept[layer.name, fmt] = delta
+        return delta

@@ -1,0 +1,110 @@
+"""Output error: how far a layer's outputs move on real inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mpsearch.format import Format
+from mpsearch.layer import Layer, decisions
+from mpsearch.model.model import Model
+from mpsearch.sensitivity.assemble import Cell, Deltas, build_table
+from mpsearch.tables import SensitivityTable
+
+
+@dataclass(frozen=True)
+class OutputMse:
+    """Squared error of each layer's output, with the original model's inputs.
+
+    score = sum over the decision's layers and over all their calls of ||(Q(W) - W) x||^2 / ||W x||^2, both
+    summed over the tokens of a batch; without ``relative`` the mean over tokens of ||(Q(W) - W) x||^2.
+
+    Sees the inputs but not what becomes of the error behind the layer. Bias: none in the local error.
+    Standard error: from batch to batch. Cost: one forward pass, and one product per layer, format and call.
+    This is the score that layer-wise reconstruction (AdaRound, GPTQ) minimises.
+
+    Attributes:
+        relative: divide by the squared output.
+
+    >>> import torch, mpsearch as mp
+    >>> model = mp.wrap(torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False)), logits=lambda m, x: m(x))
+    >>> _ = model.module[0].weight.data.fill_(1.0)
+    >>> float(mp.score(model, [torch.ones(2, 1)], ["int8-channel"], "output_mse").value[0, 0]) < 1e-6
+    True
+    """
+
+    relative: bool = True
+    by: ClassVar[Literal["cell", "batch"]] = "batch"
+    version: ClassVar[int] = 1
+
+    def refuses(self, model: Model) -> str:
+        return "" if model.has_logits or model.has_loss else "it needs logits or a loss to run the model"
+
+    def score(
+        self, model: Model, batches: Sequence[Any], layers: Sequence[Layer], formats: Sequence[Format]
+    ) -> SensitivityTable:
+        return SensitivityTable.mean([self._one(model, batch, layers, formats) for batch in batches])
+
+    def _one(self, model: Model, batch: Any, layers: Sequence[Layer], formats: Sequence[Format]) -> SensitivityTable:
+        deltas = Deltas.of(model)
+        errors = {(layer.name, fmt): 0.0 for layer in layers for fmt in formats if not fmt.refuses(layer)}
+        outputs = {layer.name: 0.0 for layer in layers}
+        vectors = {layer.name: 0 for layer in layers}
+
+        def watch(layer: Layer) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+                x = args[0]
+                clean = linear_part(module, x, model.weight(layer.name))
+                outputs[layer.name] += _squared(clean)
+                vectors[layer.name] += clean.numel() // layer.rows if layer.kind != "embedding" else x.numel()
+                for fmt in formats:
+                    if (layer.name, fmt) in errors:
+                        errors[layer.name, fmt] += _squared(linear_part(module, x, deltas(layer, fmt)))
+
+            return hook
+
+        handles = [
+            model.module.get_submodule(name).register_forward_hook(watch(layer))
+            for layer in layers
+            for name in (layer.name, *layer.shared)
+        ]
+        try:
+            with torch.no_grad():
+                model.logits(batch) if model.has_logits else model.loss(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+        def cell(decision: Any, fmt: Format) -> Cell:
+            if any(not vectors[layer.name] for layer in decision.layers):
+                return Cell(status="not_observed")
+            total = 0.0
+            for layer in decision.layers:
+                error = errors[layer.name, fmt]
+                total += (error / (outputs[layer.name] if self.relative else vectors[layer.name])) if error else 0.0
+            return Cell(total)
+
+        assert decisions(layers)
+        unit = "relative squared output error" if self.relative else "squared output error/token"
+        return build_table(layers, formats, cell, unit=unit, samples=1, source={"estimator": "output_mse"})
+
+
+def _squared(x: Tensor) -> float:
+    return float(x.square().sum(dtype=torch.float64))
+
+
+def linear_part(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """What a layer would give for ``x`` with another weight and no bias."""
+    if isinstance(module, nn.Embedding):
+        return functional.embedding(x, weight)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        output: Tensor = module._conv_forward(x, weight, None)
+        return output
+    if isinstance(module, nn.Linear):
+        return functional.linear(x, weight)
+    return x @ weight

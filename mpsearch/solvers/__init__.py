@@ -1,0 +1,1 @@
+"""Solvers: arrays in, choices out. One method per file."""

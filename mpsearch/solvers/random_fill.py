@@ -1,0 +1,72 @@
+"""Random plans that fill their budgets: the baseline every allocation must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpsearch.problem import Problem, Solution
+from mpsearch.solvers.bound import lagrangian_bound
+
+
+@dataclass(frozen=True)
+class RandomFill:
+    """Draws formats at random until nothing more fits.
+
+    Starts from each row's cheapest offered format; then rows come up in random order, each drawing one of its
+    formats at random and taking it if the budgets still hold; at last every row, in random order, takes the format
+    of highest cost that fits. The loss plays no part. Several budgets: cheapest means least in sum of costs, each
+    divided by its limit.
+
+    Cost: ``rounds`` passes over the rows.
+
+    Attributes:
+        seed: seed of the draws.
+        rounds: how often each row draws.
+
+    >>> loss = np.zeros((2, 2)); cost = np.array([[[1.0, 2.0], [1.0, 2.0]]])
+    >>> solution = RandomFill().solve(Problem(loss, cost, np.array([3.0])))
+    >>> solution.cost
+    (3.0,)
+    """
+
+    seed: int = 0
+    rounds: int = 4
+
+    def refuses(self, problem: Problem) -> str:
+        return ""
+
+    def solve(self, problem: Problem) -> Solution:
+        offered = problem.offered
+        if not offered.any(axis=1).all():
+            return Solution.without(problem, "infeasible", "random")
+        scale = np.where((problem.limit > 0) & np.isfinite(problem.limit), problem.limit, 1.0)
+        weight = (problem.cost / scale[:, None, None]).sum(axis=0)
+        choice = np.where(offered, weight, np.inf).argmin(axis=1).astype(np.int64)
+        if not problem.fits(choice):
+            proven = any(least > limit for least, limit in zip(problem.least(), problem.limit, strict=True))
+            return Solution.without(problem, "infeasible" if proven else "unsolved", "random")
+        generator = np.random.default_rng(self.seed)
+        rows = np.arange(len(choice))
+        used = problem.cost[:, rows, choice].sum(axis=1)
+
+        def try_to_take(row: int, column: int) -> bool:
+            nonlocal used
+            after = used + problem.cost[:, row, column] - problem.cost[:, row, choice[row]]
+            # Float sums may drift by a rounding; what is kept is checked exactly at the end.
+            if not bool((after <= problem.limit).all()):
+                return False
+            choice[row], used = column, after
+            return True
+
+        for _ in range(self.rounds):
+            for row in generator.permutation(len(choice)):
+                try_to_take(row, int(generator.choice(np.flatnonzero(offered[row]))))
+        for row in generator.permutation(len(choice)):
+            columns = np.flatnonzero(offered[row])
+            for column in sorted(columns, key=lambda f: -weight[row, f]):
+                if weight[row, column] <= weight[row, choice[row]] or try_to_take(row, int(column)):
+                    break
+        bound, prices = lagrangian_bound(problem)
+        return Solution.of(problem, choice, bound=bound, prices=prices, solver="random")

@@ -1,0 +1,256 @@
+"""The question a study asks: from keyword arguments or a TOML file."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from mpsearch.budget import parse_budgets
+from mpsearch.bundled import resolve_model
+from mpsearch.errors import InputError, did_you_mean
+from mpsearch.format import Format, parse_formats
+from mpsearch.model.source import LIBRARY, Source
+from mpsearch.tasks import Setup
+
+DEFAULT_FORMATS = ("int2-g64", "int3-g64", "int4-g64", "int5-g64", "int6-g64", "int7-g64", "int8-g64", "int8-channel")
+# How and where a study is computed does not change its question.
+_NOT_THE_QUESTION = ("storage", "workers", "out")
+
+
+@dataclass(frozen=True)
+class StudySpec:
+    """What is asked, and how it is answered.
+
+    Attributes:
+        name: name of the study; the model's folder name when empty.
+        model: a Hugging Face folder, or ``bundled:tiny-llama``.
+        calibration: text that scores are taken on: a ``.txt`` or ``.jsonl`` file, or ``stdlib:calibration``.
+        validation: text that plans are measured on; when empty, the last quarter of the calibration text, which is
+            then not used for scores.
+        text_key: field of a ``.jsonl`` line that holds the text.
+        formats: the menu.
+        estimator: name of the estimator.
+        estimator_settings: its settings.
+        solver: name of the solver.
+        solver_settings: its settings.
+        budgets: all to be kept at once.
+        pins: layer name or pattern -> the format it must take.
+        ties: ``auto``, ``none``, or lists of layer names or patterns, one list per tie.
+        tokens: calibration tokens.
+        validation_tokens: validation tokens.
+        length: tokens of one sequence.
+        batch_size: sequences of one batch.
+        points: how many more budgets of weights are solved and measured for the front.
+        random: how many random plans of the first budget are measured for comparison.
+        seed: seed of all that is random.
+        storage: URL or path of the results database.
+        workers: processes that compute.
+        out: folder of the report and the plan.
+        trust_remote_code: run the model's own code.
+    """
+
+    name: str = ""
+    model: str = ""
+    calibration: str = ""
+    validation: str = ""
+    text_key: str = "text"
+    formats: tuple[str, ...] = DEFAULT_FORMATS
+    estimator: str = "divergence"
+    estimator_settings: Mapping[str, Any] = field(default_factory=dict)
+    solver: str = "ilp"
+    solver_settings: Mapping[str, Any] = field(default_factory=dict)
+    budgets: tuple[str, ...] = ()
+    pins: Mapping[str, str] = field(default_factory=dict)
+    ties: str | tuple[tuple[str, ...], ...] = "auto"
+    tokens: int = 8192
+    validation_tokens: int = 16384
+    length: int = 256
+    batch_size: int = 2
+    points: int = 8
+    random: int = 0
+    seed: int = 0
+    storage: str = "sqlite:///mpsearch.db"
+    workers: int = 1
+    out: str = "mpsearch-out"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "validation_tokens", "length", "batch_size", "workers"):
+            _whole(name, getattr(self, name), 1)
+        for name in ("points", "random", "seed"):
+            _whole(name, getattr(self, name), 0)
+        if self.length < 2:
+            raise InputError("E113", "length: got 1; a sequence needs at least 2 tokens")
+        parse_formats(self.formats)
+        parse_budgets(self.budgets)
+        for pattern, fmt in self.pins.items():
+            try:
+                Format.parse(fmt)
+            except InputError as error:
+                raise InputError(error.code, f"pin '{pattern}': {error.message}", advice=error.advice) from error
+
+    @classmethod
+    def of(cls, base: Path | None = None, **values: Any) -> StudySpec:
+        """Make a spec from keyword arguments; lists may stand for tuples, one text for a list of one.
+
+        Args:
+            base: folder that relative paths of ``model``, ``calibration`` and ``validation`` start from.
+            values: the fields; ``estimator`` and ``solver`` may be a table with ``name`` and settings.
+
+        Raises:
+            InputError: unknown or missing fields, or values that make no sense (E103, E106, E107, E111, E113).
+        """
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise InputError(
+                    "E103", f"unknown key '{name}'{did_you_mean(name, known)}", because=f"keys: {', '.join(known)}"
+                )
+        for name in ("model", "calibration"):
+            if not values.get(name):
+                raise InputError("E106", f"'{name}' is missing", advice=f"set {name}")
+        found = dict(values)
+        for name in ("estimator", "solver"):
+            if isinstance(found.get(name), Mapping):
+                settings = dict(found[name])
+                found[name] = settings.pop("name", "")
+                found[f"{name}_settings"] = settings
+        for name in ("formats", "budgets"):
+            if name in found:
+                value = found[name]
+                found[name] = (value,) if isinstance(value, str) else tuple(value)
+        if not isinstance(found.get("ties", "auto"), str):
+            found["ties"] = tuple(tuple(group) for group in found["ties"])
+        _check_types(found)
+        here = base or Path.cwd()
+        found["model"] = resolve_model(str(found["model"]), here)
+        for name in ("calibration", "validation"):
+            text = found.get(name, "")
+            if text and not text.startswith(LIBRARY):
+                found[name] = str((here / Path(text).expanduser()).resolve())
+        spec = cls(**found)
+        return spec if spec.name else replace(spec, name=Path(spec.model).name)
+
+    @classmethod
+    def load(cls, path: str | Path, **overrides: Any) -> StudySpec:
+        """Read a study file.
+
+        Args:
+            path: a TOML file; relative paths in it start from its folder.
+            overrides: fields that replace those of the file.
+
+        Raises:
+            InputError: missing (E101), broken (E102), a key given twice (E104), or as `of`, with file and line.
+        """
+        file = Path(path)
+        text = _read(file)
+        try:
+            values = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise _toml_error(file, str(error)) from error
+        try:
+            return cls.of(file.resolve().parent, **{**values, **overrides})
+        except InputError as error:
+            word = re.search(r"'([^']*)'", error.message)
+            line = _line_of(text, word[1]) if word else 0
+            where = error.where or (f"{file}:{line}" if line else str(file))
+            raise InputError(
+                error.code, error.message, where=where, because=error.because, advice=error.advice
+            ) from error
+
+    @property
+    def setup(self) -> Setup:
+        """How workers load model and data."""
+        held_out = not self.validation
+        return Setup(
+            self.model,
+            Source(self.calibration, self.text_key, "first" if held_out else "all"),
+            Source(self.calibration, self.text_key, "last") if held_out else Source(self.validation, self.text_key),
+            self.tokens,
+            self.validation_tokens,
+            self.length,
+            self.batch_size,
+            self.ties,
+            self.trust_remote_code,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields as plain values."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("formats", "budgets"):
+            found[name] = list(found[name])
+        for name in ("estimator_settings", "solver_settings", "pins"):
+            found[name] = dict(found[name])
+        if not isinstance(self.ties, str):
+            found["ties"] = [list(group) for group in self.ties]
+        return found
+
+    @classmethod
+    def from_question(cls, question: Mapping[str, Any], storage: str) -> StudySpec:
+        """Make the spec of a stored study from its question."""
+        found = {**question, "formats": tuple(question["formats"]), "budgets": tuple(question["budgets"])}
+        if not isinstance(found["ties"], str):
+            found["ties"] = tuple(tuple(group) for group in found["ties"])
+        return cls(**found, storage=storage)
+
+    def question(self) -> dict[str, Any]:
+        """Return the fields that make the question: what two studies of one name must agree on."""
+        return {name: value for name, value in self.to_json().items() if name not in _NOT_THE_QUESTION}
+
+
+_TYPES: Mapping[str, type] = {
+    "int": int, "str": str, "bool": bool,
+}  # fmt: skip
+
+
+def _check_types(values: Mapping[str, Any]) -> None:
+    for f in fields(StudySpec):
+        if f.name not in values:
+            continue
+        value, kind = values[f.name], str(f.type)
+        if kind in _TYPES and (not isinstance(value, _TYPES[kind]) or (kind == "int" and isinstance(value, bool))):
+            raise InputError("E113", f"'{f.name}' must be {kind}, got {value!r}")
+        if kind.startswith("Mapping") and not isinstance(value, Mapping):
+            raise InputError("E113", f"'{f.name}' must be a table of names and values, got {value!r}")
+        if kind == "tuple[str, ...]" and not all(isinstance(x, str) for x in value):
+            raise InputError("E113", f"'{f.name}' must be a list of texts, got {list(value)!r}")
+
+
+def _whole(name: str, value: int, least: int) -> None:
+    if not least <= value < 2**63:
+        raise InputError("E113", f"'{name}': got {value}; expected a whole number from {least} that fits in 64 bits")
+
+
+def _read(file: Path) -> str:
+    if not file.is_file():
+        around = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
+        raise InputError("E101", f"study file '{file}' not found{did_you_mean(file.name, around)}")
+    if file.stat().st_size > 2**20:
+        raise InputError("E102", f"{file}: {file.stat().st_size} bytes; a study file has at most 1 MiB")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError("E102", f"{file}: not UTF-8 text (byte {error.start})") from error
+
+
+def _toml_error(file: Path, text: str) -> InputError:
+    twice = "overwrite" in text or "twice" in text or "already" in text
+    place = re.search(r"line (\d+), column (\d+)", text)
+    where = f"{file}:{place[1]}:{place[2]}" if place else str(file)
+    if twice:
+        return InputError("E104", f"a key is given twice ({text})", where=where, advice="keep one")
+    return InputError("E102", f"not TOML: {text}", where=where)
+
+
+def _line_of(text: str, word: str) -> int:
+    """Number of the first line that sets or holds a word; 0 when none does."""
+    lines = text.splitlines()
+    for pattern in (rf'^\s*"?{re.escape(word)}"?\s*=', rf"{re.escape(word)}"):
+        for number, line in enumerate(lines, start=1):
+            if word and re.search(pattern, line):
+                return number
+    return 0

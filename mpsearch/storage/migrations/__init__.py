@@ -1,0 +1,1 @@
+"""Alembic scripts of the results database, run by `mpsearch.storage.migrate`."""

@@ -1,0 +1,1 @@
+"""One file per schema number. A released file never changes."""

@@ -1,0 +1,41 @@
+"""What SQLite and PostgreSQL spell differently, and the clock."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import JSON, Connection, FromClause, Table, column, func, literal
+
+
+def insert_new(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert the rows whose key is not there yet; leave the others as they are."""
+    dialect = importlib.import_module(f"sqlalchemy.dialects.{connection.dialect.name}")
+    connection.execute(dialect.insert(table).on_conflict_do_nothing(), [dict(row) for row in rows])
+
+
+def insert_or_set(connection: Connection, table: Table, row: Mapping[str, Any], column: str) -> None:
+    """Insert a row, or set one column of the row that has its key."""
+    dialect = importlib.import_module(f"sqlalchemy.dialects.{connection.dialect.name}")
+    statement = dialect.insert(table).values(**row)
+    keys = [key.name for key in table.primary_key.columns]
+    connection.execute(statement.on_conflict_do_update(index_elements=keys, set_={column: row[column]}))
+
+
+def listed(connection: Connection, rows: Sequence[Sequence[str | int]]) -> tuple[FromClause, Any]:
+    """Return rows as the left side of an outer join, and the column that holds each row as a JSON array.
+
+    All rows travel as one variable. As a variable each they would meet SQLite's limit on their number, and a
+    statement would be compiled anew for every length. The join is an outer one because SQLite, free to choose,
+    goes through the rows once per entry of the table.
+    """
+    function = func.json_array_elements if connection.dialect.name == "postgresql" else func.json_each
+    wanted = function(literal([list(row) for row in rows], JSON)).table_valued(column("value", JSON), name="wanted")
+    return wanted, wanted.c.value
+
+
+def now() -> str:
+    """The time in UTC as ISO 8601 of fixed width, so that text sorts as time."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")

@@ -1,0 +1,327 @@
+"""The straight line from a question to measured plans, every step kept under its key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from mpsearch import registry
+from mpsearch.budget import Budget, parse_budgets
+from mpsearch.errors import InputError, Notice
+from mpsearch.front import Measurement, ParetoFront
+from mpsearch.keys import content_key
+from mpsearch.layer import Layers
+from mpsearch.machine import fingerprint
+from mpsearch.model.checkpoint import find_folder, folder_digest
+from mpsearch.model.source import source_digest
+from mpsearch.plan import BitPlan
+from mpsearch.planning import Labelled, Planner
+from mpsearch.ports import Executor, Store
+from mpsearch.scoring import Scoring
+from mpsearch.spec import StudySpec
+from mpsearch.tables import CostTable, SensitivityTable
+from mpsearch.tasks import MeasureTask, Survey, SurveyTask
+
+Report = Callable[[str, int, int], None]
+EVALUATOR = "kl"
+
+
+class Study:
+    """A question and all that is known of its answer.
+
+    Every value is kept in the store under its key, so a run that was stopped goes on where it was, and a second
+    run computes nothing.
+
+    Attributes:
+        spec: the question.
+        store: where everything is kept.
+        notices: what a user should know about the last run.
+        computed: how many tasks the last run computed: 0 when all was known.
+    """
+
+    def __init__(
+        self,
+        spec: StudySpec,
+        store: Store,
+        *,
+        work: Callable[[Any], Any] | None = None,
+        identity: Mapping[str, str] | None = None,
+        report: Report | None = None,
+    ) -> None:
+        """Set up; nothing is read or computed yet.
+
+        Args:
+            spec: the question.
+            store: an open store.
+            work: does tasks in this process, for a model that is not a folder; else workers load the folder.
+            identity: digests of ``model``, ``calibration`` and ``validation`` that go with ``work``.
+            report: called with (phase, done, total).
+        """
+        self.spec = spec
+        self.store = store
+        self.notices: list[Notice] = []
+        self.computed = 0
+        self._work = work
+        self._given = identity
+        self._report: Report = report or (lambda phase, done, total: None)
+
+    @property
+    def name(self) -> str:
+        """Name of the study."""
+        return self.spec.name
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """The study's own budgets."""
+        return parse_budgets(self.spec.budgets)
+
+    def run(self) -> ParetoFront:
+        """Score, solve and measure whatever is missing, and return the measured front.
+
+        Raises:
+            InfeasibleError: no plan keeps the budgets (E201); found before anything is scored.
+            StorageError: a study of this name asks something else (E140).
+            MpsearchError: the model, the data or the formats cannot be used.
+        """
+        self.notices, self.computed = [], 0
+        self.store.create_study(self.name, self.spec.question())
+        self.store.set_state(self.name, "running")
+        state = "failed"
+        try:
+            with registry.make("executors", "local", workers=1 if self._work else self.spec.workers) as executor:
+                self._run(executor)
+            state = "complete"
+        except KeyboardInterrupt:
+            state = "paused"
+            raise
+        finally:
+            self.store.set_state(self.name, state)
+        return self.front
+
+    def _run(self, executor: Executor) -> None:
+        survey = self._find(executor)
+        planner = Planner(self.spec, survey.layers, self._model_entry(survey))
+        self.notices += [*survey.notices, *layer_notices(survey.layers)]
+        planner.check(self.budgets)
+        for table in planner.costs:
+            self.store.put("cost", table.key, table.to_json())
+            self.store.link(self.name, "cost", table.key, label=table.resource)
+        everything = planner.holds_all(self.budgets)
+        if everything is not None:
+            self.notices.append(everything)
+            self._measure([Labelled("mixed", planner.at_16_bits())], executor)
+            return
+        scores = self._score(planner, survey, executor)
+        self.notices += score_notices(scores)
+        chosen = Labelled("mixed", planner.mixed(scores, self.budgets))
+        plans = [chosen, *planner.sweep(scores, self.budgets, self.spec.points)]
+        plans += [Labelled(x.label, planner.predict(scores, x.plan)) for x in planner.uniform()]
+        plans += planner.random(scores, self.budgets, self.spec.random)
+        self._measure(plans, executor)
+
+    def _find(self, executor: Executor) -> Survey:
+        spec = self.spec.to_json()
+        cut = {name: spec[name] for name in ("tokens", "validation_tokens", "length", "batch_size", "ties")}
+        key = content_key([self.identity, cut, fingerprint()])
+        known = self.store.get("survey", key)
+        if known is None:
+            self._report("load", 0, 1)
+            for _, survey in self._compute(executor, [SurveyTask()]):
+                known = survey.to_json()
+                self.store.put("survey", key, known)
+            self._report("load", 1, 1)
+        self.store.link(self.name, "survey", key)
+        assert known is not None
+        return Survey.from_json(known)
+
+    def _score(self, planner: Planner, survey: Survey, executor: Executor) -> SensitivityTable:
+        settings = dict(self.spec.estimator_settings)
+        settings.setdefault("seed", self.spec.seed) if "seed" in registry.settings(
+            "estimators", self.spec.estimator
+        ) else None
+        scope = content_key(
+            {
+                "model": self.identity["model"],
+                "calibration": self.identity["calibration"],
+                "cut": [self.spec.tokens, self.spec.length, self.spec.batch_size],
+                "estimator": [self.spec.estimator, settings],
+                "layers": survey.layers.key,
+                "formats": [str(fmt) for fmt in planner.formats],
+                "fingerprint": fingerprint(),
+            }
+        )
+        scoring = Scoring(
+            scope, self.spec.estimator, tuple(sorted(settings.items())), survey.layers, planner.formats, survey.batches
+        )
+        scores = scoring.table(
+            self.store,
+            lambda tasks: self._compute(executor, tasks),
+            lambda done, total: self._report("score", done, total),
+        )
+        self.store.link(self.name, "scores", scope)
+        return scores
+
+    def _measure(self, plans: Sequence[Labelled], executor: Executor) -> None:
+        """Measure plans that were not measured before, and note which belong to this study and in what order."""
+        tasks: dict[str, MeasureTask] = {}
+        for position, item in enumerate(plans):
+            self.store.put("plan", item.plan.key, item.plan.to_json())
+            self.store.link(self.name, "plan", item.plan.key, label=item.label, position=position)
+            key = self._measurement_key(item.plan)
+            if key not in tasks and self.store.get("measurement", key) is None:
+                tasks[key] = MeasureTask(EVALUATOR, item.plan.to_json())
+        keys = list(tasks)
+        self._report("measure", 0, len(keys))
+        for done, (i, found) in enumerate(self._compute(executor, list(tasks.values())), start=1):
+            body = found.to_json()
+            volatile = {"seconds": body.pop("seconds")}
+            self.store.put("measurement", keys[i], body, volatile=volatile)
+            self._report("measure", done, len(keys))
+        for position, item in enumerate(plans):
+            self.store.link(self.name, "measurement", self._measurement_key(item.plan), item.label, position)
+
+    def _measurement_key(self, plan: BitPlan) -> str:
+        cut = [self.spec.validation_tokens, self.spec.length, self.spec.batch_size]
+        return content_key([plan.assignment, self.identity["validation"], cut, EVALUATOR, fingerprint()])
+
+    def _compute(self, executor: Executor, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        if not tasks:
+            return
+        work = self._work or registry.load("work", "workbench")(self.spec.setup)
+        for result in executor.map(work, tasks):
+            self.computed += 1
+            yield result
+
+    @cached_property
+    def identity(self) -> Mapping[str, str]:
+        """Digests of the model, the calibration text and the validation text."""
+        if self._given is not None:
+            return self._given
+        setup = self.spec.setup
+        return {
+            "model": folder_digest(find_folder(setup.model)),
+            "calibration": source_digest(setup.calibration),
+            "validation": source_digest(setup.validation),
+        }
+
+    def _model_entry(self, survey: Survey) -> dict[str, str]:
+        name = self.spec.model.rstrip("/").rpartition("/")[2]
+        return {"name": name, "digest": self.identity["model"], "architecture": survey.architecture}
+
+    # What follows reads the store only.
+
+    def _linked(self, kind: str) -> list[tuple[str, Mapping[str, Any]]]:
+        links = self.store.links(self.name, kind)
+        bodies = self.store.get_many(kind, [link.key for link in links])
+        return [(link.label, bodies[link.key]) for link in links if link.key in bodies]
+
+    @property
+    def survey(self) -> Survey:
+        """What was found in the model.
+
+        Raises:
+            InputError: the study has not come that far (E143).
+        """
+        return Survey.from_json(self._only("survey"))
+
+    @property
+    def scores(self) -> SensitivityTable:
+        """The stored scores (raises as `survey`)."""
+        return SensitivityTable.from_json(self._only("scores"))
+
+    @property
+    def costs(self) -> list[CostTable]:
+        """The stored cost tables."""
+        return [CostTable.from_json(body) for _, body in self._linked("cost")]
+
+    @property
+    def plans(self) -> list[Labelled]:
+        """The study's plans, the one for its own budgets first."""
+        return [Labelled(label, BitPlan.from_json(body)) for label, body in self._linked("plan")]
+
+    @property
+    def measurements(self) -> list[Measurement]:
+        """All measured plans of the study, each with its label; the plan for its own budgets first."""
+        return [Measurement.from_json({**body, "label": label}) for label, body in self._linked("measurement")]
+
+    @property
+    def front(self) -> ParetoFront:
+        """The measured front over the bytes of weights."""
+        return ParetoFront.of(self.measurements)
+
+    def plan(self, *budgets: str) -> BitPlan:
+        """Solve on the stored scores; neither the model nor torch is loaded.
+
+        Args:
+            budgets: budgets to keep; the study's own when none is given.
+
+        Raises:
+            InfeasibleError: no plan keeps them (E201, E203).
+            InputError: not budgets (E111, E112), or the study has no scores yet (E143).
+        """
+        wanted = parse_budgets(budgets) if budgets else self.budgets
+        survey = self.survey
+        model = dict(self._model_of_plans() or self._model_entry(survey))
+        planner = Planner(self.spec, survey.layers, model)
+        if planner.holds_all(wanted) is not None:
+            return planner.at_16_bits()
+        plan = planner.mixed(self.scores, wanted)
+        self.store.put("plan", plan.key, plan.to_json())
+        return plan
+
+    def _model_of_plans(self) -> Mapping[str, str] | None:
+        plans = self.plans
+        return plans[0].plan.model if plans else None
+
+    def _only(self, kind: str) -> Mapping[str, Any]:
+        found = self._linked(kind)
+        if not found:
+            raise InputError("E143", f"study '{self.name}' has no {kind} yet", advice=f"mpsearch resume {self.name}")
+        return found[-1][1]
+
+
+def layer_notices(layers: Layers) -> list[Notice]:
+    """Say what is left out and what is shared."""
+    notices = []
+    if layers.excluded:
+        count = sum(kept.weights for kept in layers.excluded)
+        notices.append(
+            Notice(
+                "N415",
+                f"{len(layers.excluded)} tensors ({100 * count / layers.weights:.2f} % of weights) keep their "
+                f"number type and are counted: {', '.join(sorted({kept.reason for kept in layers.excluded}))}",
+            )
+        )
+    for layer in layers:
+        if layer.shared:
+            names = " and ".join([layer.name, *layer.shared])
+            notices.append(Notice("N414", f"{names} are one tensor: scored once, counted once, one format"))
+    return notices
+
+
+def score_notices(scores: SensitivityTable) -> list[Notice]:
+    """Name the cells without a value, and those below zero."""
+    notices = []
+    for status, code, text in (
+        ("non_finite", "W511", "gives values that are not finite: that format is barred for it"),
+        ("not_observed", "W512", "was not reached by the calibration data: it has no score"),
+    ):
+        cells = [
+            f"{name} at {fmt}"
+            for name, row in zip(scores.layers, scores.status, strict=True)
+            for fmt, found in zip(scores.formats, row, strict=True)
+            if found == status
+        ]
+        if cells:
+            more = f" and {len(cells) - 3} more" if len(cells) > 3 else ""
+            notices.append(Notice(code, f"{', '.join(cells[:3])}{more} {text}"))
+    negative = [name for name, row in zip(scores.layers, scores.value, strict=True) if (row < 0).any()]
+    if negative:
+        notices.append(
+            Notice(
+                "W516",
+                f"{len(negative)} decisions have scores below zero ({negative[0]}, …); the solver takes them as zero",
+            )
+        )
+    return notices

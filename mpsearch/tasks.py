@@ -1,0 +1,110 @@
+"""What a study asks to be done, as plain values that travel to any worker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mpsearch.errors import Notice
+from mpsearch.layer import Layers
+from mpsearch.model.source import Source
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a worker loads the model and its data.
+
+    Attributes:
+        model: folder of the model.
+        calibration: text that scores are taken on.
+        validation: text that plans are measured on.
+        tokens: calibration tokens.
+        validation_tokens: validation tokens.
+        length: tokens of one sequence.
+        batch_size: sequences of one batch; fixed, so that results do not depend on who computes them.
+        ties: ``auto``, ``none``, or names and patterns of layers, one tuple per tie.
+        trust_remote_code: run the model's own code.
+    """
+
+    model: str
+    calibration: Source
+    validation: Source
+    tokens: int
+    validation_tokens: int
+    length: int
+    batch_size: int
+    ties: str | tuple[tuple[str, ...], ...] = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found before any scoring.
+
+    Attributes:
+        layers: what can be decided, and what is left out.
+        batches: number of calibration batches.
+        architecture: class name of the model.
+        notices: what the user should know about model and data.
+    """
+
+    layers: Layers
+    batches: int
+    architecture: str
+    notices: tuple[Notice, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "layers": self.layers.to_json(),
+            "batches": self.batches,
+            "architecture": self.architecture,
+            "notices": [[notice.code, notice.message] for notice in self.notices],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Survey:
+        notices = tuple(Notice(code, message) for code, message in data["notices"])
+        return cls(Layers.from_json(data["layers"]), int(data["batches"]), str(data["architecture"]), notices)
+
+
+@dataclass(frozen=True)
+class SurveyTask:
+    """Load model and data and look at them."""
+
+
+@dataclass(frozen=True)
+class ScoreTask:
+    """Score some decisions in some formats.
+
+    Attributes:
+        estimator: name of the estimator.
+        settings: its settings.
+        decisions: names of the decisions; all when empty.
+        formats: names of the formats.
+        batch: index of the one calibration batch to use; all when None.
+    """
+
+    estimator: str
+    settings: tuple[tuple[str, Any], ...]
+    decisions: tuple[str, ...]
+    formats: tuple[str, ...]
+    batch: int | None = None
+
+
+@dataclass(frozen=True)
+class MeasureTask:
+    """Run a plan on the validation text.
+
+    Attributes:
+        evaluator: name of the evaluator.
+        plan: the plan as JSON.
+        label: what the plan is to its study.
+    """
+
+    evaluator: str
+    plan: Mapping[str, Any] = field(hash=False)
+    label: str = ""
+
+
+Task = SurveyTask | ScoreTask | MeasureTask

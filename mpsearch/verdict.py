@@ -1,0 +1,77 @@
+"""Is mixing worth it? The measured answer in sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from mpsearch.front import Measurement
+from mpsearch.planning import Labelled
+
+_SIGNIFICANT = 1.96
+
+
+def best_uniform(measurements: Sequence[Measurement], limit: float) -> Measurement | None:
+    """Return the uniform plan of the least measured loss among those of at most ``limit`` bytes."""
+    fitting = [m for m in measurements if m.label.startswith("uniform") and m.cost["weights"] <= limit]
+    return min(fitting, key=lambda m: (m.loss, m.cost["weights"]), default=None)
+
+
+def next_uniform(measurements: Sequence[Measurement], limit: float) -> Measurement | None:
+    """Return the smallest uniform plan of more than ``limit`` bytes."""
+    larger = [m for m in measurements if m.label.startswith("uniform") and m.cost["weights"] > limit]
+    return min(larger, key=lambda m: (m.cost["weights"], m.loss), default=None)
+
+
+def gain(mixed: Measurement, uniform: Measurement) -> float:
+    """How much lower the mixed plan's loss is, as a share of the uniform plan's; negative when it is higher."""
+    return 1 - mixed.loss / uniform.loss if uniform.loss else 0.0
+
+
+def verdict(chosen: Labelled, measurements: Sequence[Measurement]) -> list[str]:
+    """Compare the chosen plan with the uniform plans, in sentences; the first one is the headline.
+
+    Args:
+        chosen: the study's plan for its own budgets.
+        measurements: all that was measured.
+    """
+    mixed = next((m for m in measurements if m.plan == chosen.plan.assignment), None)
+    if mixed is None:
+        return ["The chosen plan was not measured."]
+    weights = chosen.plan.layers.weights
+
+    def describe(m: Measurement) -> str:
+        return f"{m.loss:.4g} ± {m.spread:.2g} {m.unit} at {8 * m.cost['weights'] / weights:.3f} bits"
+
+    lines = []
+    uniform = best_uniform(measurements, mixed.cost["weights"])
+    if uniform is None:
+        lines.append(
+            f"Measured: {describe(mixed)}. No uniform plan of the menu is as small: there is nothing to compare with."
+        )
+    else:
+        noise = math.hypot(mixed.spread, uniform.spread)
+        better = uniform.loss - mixed.loss
+        versus = f"the best uniform plan of at most its bytes ({uniform.label[8:]}: {describe(uniform)})"
+        if uniform.plan == mixed.plan:
+            lines.append(f"Mixing gains nothing here: the best plan is uniform, measured {describe(mixed)}.")
+        elif better > _SIGNIFICANT * noise:
+            lines.append(f"Mixing pays: {describe(mixed)}, {100 * gain(mixed, uniform):.0f} % below {versus}.")
+        elif better > -_SIGNIFICANT * noise:
+            lines.append(f"Mixing makes no measurable difference: {describe(mixed)}, against {versus}.")
+        else:
+            lines.append(f"Mixing does not pay here: {describe(mixed)}, worse than {versus}. Use the uniform plan.")
+    larger = next_uniform(measurements, mixed.cost["weights"])
+    if larger is not None:
+        lines.append(f"The next larger uniform plan is {larger.label.removeprefix('uniform ')}: {describe(larger)}.")
+    predicted = chosen.plan.predicted
+    if predicted.gap is not None:
+        how = (
+            "proven to be the least"
+            if predicted.gap <= 1e-9
+            else f"at most {100 * predicted.gap:.2g} % above the least"
+        )
+        lines.append(
+            f"Its predicted loss, {predicted.loss:.4g} {predicted.unit}, is {how} that any plan of this menu can have."
+        )
+    return lines

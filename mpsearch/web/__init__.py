@@ -1,0 +1,1 @@
+"""What is seen in a browser: the report of a study as one file."""

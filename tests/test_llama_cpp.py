@@ -1,0 +1,319 @@
+"""The export to llama.cpp: exact names, types of the same bytes, and nothing a name could run."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from mpsearch.errors import InputError, MpsearchError
+from mpsearch.exports.folder import MANIFEST
+from mpsearch.exports.gguf_names import ARCHITECTURES, GgufNames
+from mpsearch.exports.llama_cpp import GGUF_TYPES, LlamaCpp, read_tensor_types
+from mpsearch.exports.native import PLAN, Native
+from mpsearch.format import Format
+from mpsearch.layer import Excluded, Layer, Layers
+from mpsearch.plan import BitPlan
+from mpsearch.registry import make
+from mpsearch.testing.exporters import ExporterSuite
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def llama_plan(formats: Mapping[str, str], kept: Sequence[Excluded] = (), **settings: Any) -> BitPlan:
+    """A plan of (64, 96) weights, or of the shape, kind and so on given by layer name in ``settings``."""
+    layers = tuple(
+        Layer(**{"name": name, "kind": "linear", "shape": (64, 96), **settings.get(name, {})}) for name in formats
+    )
+    model = {"architecture": settings.get("architecture", "LlamaForCausalLM")}
+    return BitPlan(Layers(layers, tuple(kept)), {n: Format.parse(t) for n, t in formats.items()}, model)
+
+
+BLOCK = "model.layers.{}.{}"
+LLAMA = {
+    "model.embed_tokens": "int8-g32",
+    BLOCK.format(0, "self_attn.q_proj"): "int4-g32",
+    BLOCK.format(0, "mlp.down_proj"): "int5-g32",
+    BLOCK.format(2, "self_attn.q_proj"): "fp16",
+    BLOCK.format(10, "self_attn.q_proj"): "fp32",
+    **{BLOCK.format(n, "self_attn.v_proj"): "int4-g32" for n in range(11)},
+    "lm_head": "bf16",
+}
+
+
+class TestLlamaCpp(ExporterSuite):
+    @pytest.fixture
+    def exporter(self) -> LlamaCpp:
+        return make("exporters", "llama.cpp")
+
+    @pytest.fixture
+    def plan(self) -> BitPlan:
+        return llama_plan(LLAMA)
+
+    @pytest.fixture
+    def refused(self) -> tuple[BitPlan, Sequence[str]]:
+        wrong = {f"model.layers.{n}.mlp.down_proj": "int3-g32" for n in range(25)}
+        return llama_plan({**wrong, "lm_head": "int8-g32"}), list(wrong)
+
+    def read_back(self, folder: Path, plan: BitPlan) -> Mapping[str, str]:
+        ours = {theirs: text for text, theirs in GGUF_TYPES.items()}
+        table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 11)
+        types = read_tensor_types(folder / "tensor-types.txt")
+        names = {layer.name: table.get_name(layer.tensor, (".weight",)) for layer in plan.layers}
+        assert set(types) == set(names.values())
+        return {layer: ours[types[name]] for layer, name in names.items() if name}
+
+
+def write_types(plan: BitPlan, folder: Path, **settings: Any) -> list[str]:
+    LlamaCpp(**settings).write(plan, folder)
+    return (folder / "tensor-types.txt").read_text().splitlines()
+
+
+def test_types_are_exact_names_in_the_order_of_the_file(tmp_path: Path) -> None:
+    lines = write_types(llama_plan(LLAMA), tmp_path)
+    assert lines[:4] == [
+        r"^token_embd\.weight$=q8_0",
+        r"^output\.weight$=bf16",
+        r"^blk\.0\.attn_q\.weight$=q4_0",
+        r"^blk\.0\.attn_v\.weight$=q4_0",
+    ]
+    assert [line.split("\\.")[1] for line in lines[2:]] == ["0", "0", "0", "1", "2", "2", *"3456789", "10", "10"]
+
+
+def test_every_line_matches_its_own_tensor_and_no_other(tmp_path: Path) -> None:
+    lines = write_types(llama_plan(LLAMA), tmp_path)
+    patterns, names = [line.split("=")[0] for line in lines], list(read_tensor_types(tmp_path / "tensor-types.txt"))
+    # llama.cpp lower-cases each pattern and searches with it.
+    hits = [[bool(re.search(pattern.lower(), name)) for name in names] for pattern in patterns]
+    assert np.array_equal(hits, np.eye(len(names), dtype=bool))
+    assert all(re.fullmatch(r"\^([a-z0-9_]|\\\.)+\$=\w+", line) for line in lines)
+
+
+def test_types_have_the_bytes_of_the_formats() -> None:
+    layer = Layer("x", "linear", (6, 96))
+    weight = np.random.default_rng(0).standard_normal(layer.shape).astype(np.float32)
+    for text, kind in GGUF_TYPES.items():
+        stored = gguf.quants.quantize(weight, gguf.GGMLQuantizationType[kind.upper()])
+        assert stored.nbytes == Format.parse(text).bytes(layer), text
+
+
+def test_kept_matrices_are_listed_with_their_stored_type(tmp_path: Path) -> None:
+    kept = [
+        Excluded("lm_head.weight", (64, 96), "float16", "never called"),
+        Excluded("model.norm.weight", (96,), "bfloat16", "1-D"),
+        Excluded("model.layers.0.self_attn.q_proj.bias", (96,), "bfloat16", "1-D"),
+        Excluded("model.layers.0.mlp.up_proj.weight", (64, 96), "bfloat16", "never called"),
+    ]
+    lines = write_types(llama_plan({"model.embed_tokens": "int4-g32"}, kept), tmp_path)
+    assert lines == [r"^token_embd\.weight$=q4_0", r"^output\.weight$=f16", r"^blk\.0\.ffn_up\.weight$=bf16"]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "reason"),
+    [
+        ("lm_head.weight", "float64", "GGUF has no float64"),
+        ("visual.patch", "float32", "LlamaForCausalLM has no tensor of this name in GGUF"),
+    ],
+)
+def test_kept_matrices_that_cannot_stay_are_refused(name: str, dtype: str, reason: str) -> None:
+    plan = llama_plan({"model.embed_tokens": "int4-g32"}, [Excluded(name, (64, 96), dtype, "never called")])
+    assert LlamaCpp().refuses(plan) == [f"{name}: cannot be kept as it is: {reason}"]
+
+
+ALL = "int4-g32, int5-g32, int8-g32, bf16, fp16, fp32"
+
+
+@pytest.mark.parametrize(
+    ("name", "fmt", "settings", "reason"),
+    [
+        ("lm_head", "int3-g64", {"shape": (4, 64)}, f"int3-g64 has no GGUF type of the same layout; allowed {ALL}"),
+        ("lm_head", "int4-g32-asym", {}, f"int4-g32-asym has no GGUF type of the same layout; allowed {ALL}"),
+        ("lm_head", "int8-channel", {}, f"int8-channel has no GGUF type of the same layout; allowed {ALL}"),
+        (
+            "lm_head",
+            "int4-g32",
+            {"shape": (4, 80)},
+            "int4-g32 does not fit: 80 weights per output channel cannot be cut into groups of 32; "
+            "use g20, g16, g10, g8 or channel; allowed bf16, fp16, fp32",
+        ),
+        (
+            "model.conv",
+            "int4-g32",
+            {"kind": "conv", "shape": (4, 32, 3, 3)},
+            "int4-g32 has no place in GGUF: the layer is a conv of shape (4, 32, 3, 3); allowed nothing",
+        ),
+        (
+            "model.other",
+            "bf16",
+            {},
+            "bf16 has no place in GGUF: LlamaForCausalLM has no tensor of this name there; allowed nothing",
+        ),
+        (
+            "lm_head",
+            "bf16",
+            {"shared": ("model.layers.0.mlp.up_proj",)},
+            "bf16 has no place in GGUF: LlamaForCausalLM has no tensor of this name there; allowed nothing",
+        ),
+    ],
+)
+def test_refusals_say_what_is_wanted_and_what_is_allowed(
+    name: str, fmt: str, settings: dict[str, Any], reason: str
+) -> None:
+    plan = llama_plan({name: fmt, "model.embed_tokens": "bf16"}, **{name: settings})
+    assert LlamaCpp().refuses(plan) == [f"{name}: {reason}"]
+
+
+def test_all_violations_are_counted_and_twenty_shown(tmp_path: Path) -> None:
+    plan = llama_plan({f"model.layers.{n}.mlp.up_proj": "int2-g32" for n in range(33)})
+    with pytest.raises(InputError) as caught:
+        LlamaCpp().write(plan, tmp_path / "out")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "error[E301] llama.cpp cannot hold this plan, for 33 reasons"
+    assert sum("int2-g32" in line for line in lines) == 20
+    assert lines[-2].strip() == "and 13 more"
+
+
+def test_two_layers_cannot_be_one_tensor() -> None:
+    plan = llama_plan({"model.layers.0.self_attn.q_proj": "bf16", "layers.0.attention.wq": "fp16"})
+    assert LlamaCpp().refuses(plan) == [
+        "layers.0.attention.wq: is 'blk.0.attn_q.weight' in GGUF, and so is model.layers.0.self_attn.q_proj"
+    ]
+
+
+@pytest.mark.parametrize("first", ["model.embed_tokens", "lm_head"])
+def test_a_tied_head_is_the_embedding(first: str, tmp_path: Path) -> None:
+    other = {"model.embed_tokens": "lm_head", "lm_head": "model.embed_tokens"}[first]
+    plan = llama_plan({first: "int8-g32"}, **{first: {"shared": (other,)}})
+    assert write_types(plan, tmp_path) == [r"^token_embd\.weight$=q8_0"]
+
+
+def test_gpt2_rows_run_along_the_input_and_its_positions_stay(tmp_path: Path) -> None:
+    formats = {"transformer.wte": "int8-g32", "transformer.wpe": "fp32", "transformer.h.0.attn.c_attn": "int4-g32"}
+    turned = {"transformer.h.0.attn.c_attn": {"shape": (96, 200), "out_axis": 1}, "architecture": "GPT2LMHeadModel"}
+    lines = write_types(llama_plan(formats, **turned), tmp_path)
+    assert lines == [
+        r"^token_embd\.weight$=q8_0",
+        r"^position_embd\.weight$=f32",
+        r"^blk\.0\.attn_qkv\.weight$=q4_0",
+    ]
+    small = llama_plan({**formats, "transformer.wpe": "int8-g32"}, **turned)
+    assert LlamaCpp().refuses(small) == [
+        "transformer.wpe: int8-g32 has no place: llama.cpp keeps 'position_embd.weight' in 32 bits; allowed fp32"
+    ]
+
+
+def test_the_architecture_comes_from_the_plan_or_a_setting(tmp_path: Path) -> None:
+    nameless = llama_plan({"lm_head": "bf16"}, architecture="")
+    assert "does not name the model's architecture" in LlamaCpp().refuses(nameless)[0]
+    assert write_types(nameless, tmp_path, architecture="Qwen3ForCausalLM") == [r"^output\.weight$=bf16"]
+    close = LlamaCpp().refuses(llama_plan({"lm_head": "bf16"}, architecture="LLamaForCausalLM"))
+    assert close[0].startswith("model: the GGUF names of 'LLamaForCausalLM' are not known; did you mean 'Llama")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_weight_of_a_known_architecture_has_one_name(architecture: str) -> None:
+    import transformers
+
+    kind = getattr(transformers, architecture)
+    size = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
+    tokens = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    with torch.device("meta"):
+        model = kind(kind.config_class(**size, **tokens))
+    names = [name for name, tensor in model.named_parameters() if tensor.ndim > 1]
+    found = [GgufNames(architecture, names).find(name) for name in names]
+    assert len(names) > 8
+    assert "" not in found
+    assert len(set(found)) == len(found)
+    assert all(name == name.lower() and name.endswith(".weight") for name in found)
+
+
+def run_script(folder: Path, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    tool = tmp_path / "fake quantize"
+    tool.write_text('#!/bin/sh\nfor word in "$@"; do echo "<$word>"; done\n')
+    tool.chmod(0o755)
+    return subprocess.run(
+        ["sh", str(folder / "quantize.sh"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "LLAMA_QUANTIZE": str(tool)},
+    )
+
+
+def test_the_script_gives_the_list_and_a_quantised_base_that_is_not_in_it(tmp_path: Path) -> None:
+    folder = tmp_path / "a $(folder)"
+    LlamaCpp().write(llama_plan(LLAMA), folder)
+    done = run_script(folder, tmp_path, "in put.gguf", "$(touch x).gguf")
+    assert done.stdout.splitlines() == [
+        "<--tensor-type-file>",
+        f"<{folder / 'tensor-types.txt'}>",
+        "<in put.gguf>",
+        "<$(touch x).gguf>",
+        "<Q4_1>",
+    ]
+    assert run_script(folder, tmp_path, "one").returncode == 2
+    LlamaCpp().write(llama_plan({"lm_head": "bf16"}), tmp_path / "b")
+    assert run_script(tmp_path / "b", tmp_path, "i", "o").stdout.splitlines()[-1] == "<Q8_0>"
+
+
+HOSTILE = [
+    "../../etc/passwd",
+    "/etc/passwd",
+    "a; touch owned",
+    "$(touch owned)",
+    "`touch owned`",
+    "a\nlm_head=f32",
+    "model.layers.0.self_attn.q_proj\n",
+    ".*",
+    "model.layers.0.mlp.(up|down)_proj",
+    "model.layers.99999999999999999999.mlp.up_proj",
+    "model.layers.999999.mlp.up_proj",
+    "x\0y",
+    "",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_names_are_refused_or_only_data(name: str, tmp_path: Path) -> None:
+    plan = llama_plan({"lm_head": "bf16", name: "bf16"}, **{name: {"kind": "linear"}})
+    plan = BitPlan(plan.layers, plan.formats, {**plan.model, "name": name, "digest": name})
+    assert [line.startswith(f"{name}: ") for line in LlamaCpp().refuses(plan)] == [True]
+    with pytest.raises(InputError) as caught:
+        LlamaCpp().write(plan, tmp_path / "llama")
+    assert caught.value.code == "E301"
+    # Natively any text can name a tensor: it stays in the JSON.
+    Native().write(plan, tmp_path / "native")
+    assert Native().read(tmp_path / "native")[0] == plan
+    assert {path.name for path in tmp_path.rglob("*")} == {"native", PLAN, MANIFEST}
+
+
+def test_hostile_model_names_stay_out_of_the_script(tmp_path: Path) -> None:
+    plan = llama_plan({"lm_head": "bf16"})
+    named = BitPlan(plan.layers, plan.formats, {**plan.model, "name": "x\n$(touch owned)", "digest": "`id`"})
+    LlamaCpp().write(named, tmp_path / "a")
+    LlamaCpp().write(plan, tmp_path / "b")
+    for file in ("quantize.sh", "tensor-types.txt"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "text", ["output=q8_0\n", "^output\\.weight$=\n", "^a$=f32\n^a$=f16\n", "^a.b$=f32\n", "^a$=f32 ^b$=f32\n", "\n"]
+)
+def test_a_list_that_is_not_ours_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text(text)
+    with pytest.raises(InputError, match=r"t\.txt:\d: not one exact name"):
+        read_tensor_types(tmp_path / "t.txt")
+    with pytest.raises(MpsearchError, match="cannot be read"):
+        read_tensor_types(tmp_path / "none.txt")
+
+
+def test_the_page_on_exports_lists_what_llama_cpp_holds() -> None:
+    page = (ROOT / "docs/exports.md").read_text()
+    assert all(f"`{text}`" in page and f"`{kind}`" in page for text, kind in GGUF_TYPES.items())
