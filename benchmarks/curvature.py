@@ -47,7 +47,9 @@ def main() -> None:
     print(fingerprint())
     model = load_model(bundled_model())
     tokenizer = load_tokenizer(bundled_model())
-    batches = load_batches(Source("stdlib:calibration"), tokenizer, length=args.length, tokens=8 * args.length, batch_size=2)
+    batches = load_batches(
+        Source("stdlib:calibration"), tokenizer, length=args.length, tokens=8 * args.length, batch_size=2
+    )
     layers = find_layers(model)
     weights = [model.weight(layer.name) for layer in layers]
     batch = batches[0]
@@ -66,7 +68,9 @@ def main() -> None:
     joint_seconds = (time.perf_counter() - start) / 64
     start = time.perf_counter()
     single = np.array(
-        HessianTrace(probes=args.layer_probes, least_probes=args.layer_probes, probing="layer").traces(model, batch, layers)
+        HessianTrace(probes=args.layer_probes, least_probes=args.layer_probes, probing="layer").traces(
+            model, batch, layers
+        )
     )
     single_seconds = (time.perf_counter() - start) / args.layer_probes
     variance = joint.var(axis=0, ddof=1) / single.var(axis=0, ddof=1)

@@ -79,7 +79,9 @@ def main() -> None:
             weights = study.survey.layers.weights
             share = 100 * (1 - mixed.loss / fits.loss)
             row[estimator] = f"{mixed.loss:.4f} ± {mixed.spread:.4f} ({share:+.0f} %)"
-            row["uniform"] = f"{fits.loss:.4f} ± {fits.spread:.4f} ({fits.label[8:]}, {8 * fits.cost['weights'] / weights:.3f})"
+            row["uniform"] = (
+                f"{fits.loss:.4f} ± {fits.spread:.4f} ({fits.label[8:]}, {8 * fits.cost['weights'] / weights:.3f})"
+            )
             row["larger"] = f"{larger.loss:.4f} ({larger.label[8:]}, {8 * larger.cost['weights'] / weights:.3f})"
             drawn = [m.loss for m in measured if m.label.startswith("random")]
             row["random"] = f"{np.median(drawn):.4f} ({min(drawn):.4f} to {max(drawn):.4f})"

@@ -44,12 +44,30 @@ def rows(folder: Path) -> dict[tuple[str, ...], object]:
         if not {"cell", "value"} <= tables:
             return {}
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        found = [(("cell", *map(str, r[:4])), r[4]) for r in connection.execute("SELECT scope, layer, format, batch, value FROM cell")]
-        found += [(("value", kind, key), body) for kind, key, body in connection.execute("SELECT kind, key, body FROM value")]
+        found = [
+            (("cell", *map(str, r[:4])), r[4])
+            for r in connection.execute("SELECT scope, layer, format, batch, value FROM cell")
+        ]
+        found += [
+            (("value", kind, key), body) for kind, key, body in connection.execute("SELECT kind, key, body FROM value")
+        ]
     finally:
         connection.close()
     assert len(found) == len(dict(found)), "a key is there twice"
     return dict(found)
+
+
+def has_study(folder: Path) -> bool:
+    """Whether the study was noted, so that `mpsearch resume` knows it."""
+    if not (folder / "study.db").exists():
+        return False
+    connection = sqlite3.connect(folder / "study.db")
+    try:
+        return bool(connection.execute("SELECT count(*) FROM study").fetchone()[0])
+    except sqlite3.OperationalError:
+        return False
+    finally:
+        connection.close()
 
 
 def main() -> None:
@@ -68,7 +86,7 @@ def main() -> None:
         kills, ended, known = 0, 0, {}
         while kills < args.kills:
             process = subprocess.Popen(
-                command(broken, not known or ("value", "survey") not in {k[:2] for k in known}),
+                command(broken, not has_study(broken)),
                 start_new_session=True, stdout=subprocess.DEVNULL,
             )  # fmt: skip
             try:
@@ -92,10 +110,13 @@ def main() -> None:
             assert not lost, f"lost or changed: {lost[:3]}"
             known = now
             print(f"kill {kills}: {len(known)} rows kept", flush=True)
-        subprocess.run(command(broken, not known), check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command(broken, not has_study(broken)), check=True, stdout=subprocess.DEVNULL)
         plans = [(folder / "out" / "kills" / "plan.json").read_bytes() for folder in (whole, broken)]
         lost = [key for key, value in known.items() if rows(broken).get(key) != value]
-        print(f"{kills} kills ({ended} runs reached their end between): {len(lost)} rows lost, plan equal: {plans[0] == plans[1]}")
+        print(
+            f"{kills} kills ({ended} runs reached their end between): {len(lost)} rows lost, "
+            f"plan equal: {plans[0] == plans[1]}"
+        )
         assert plans[0] == plans[1]
         assert not lost
 

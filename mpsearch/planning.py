@@ -249,4 +249,3 @@ def offered_only(scores: SensitivityTable, mask: Array) -> SensitivityTable:
     """
     value = np.where(np.isnan(mask), np.nan, np.maximum(scores.value, 0.0))
     return SensitivityTable(scores.layers, scores.formats, value, scores.spread, scores.unit, source=scores.source)
-

@@ -85,25 +85,29 @@ class Study:
             MpsearchError: the model, the data or the formats cannot be used.
         """
         self.notices, self.computed = [], 0
-        self.store.create_study(self.name, self.spec.question())
-        self.store.set_state(self.name, "running")
-        state = "failed"
-        try:
-            with registry.make("executors", "local", workers=1 if self._work else self.spec.workers) as executor:
-                self._run(executor)
-            state = "complete"
-        except KeyboardInterrupt:
-            state = "paused"
-            raise
-        finally:
-            self.store.set_state(self.name, state)
+        if any(row.name == self.name for row in self.store.studies()):
+            self.store.create_study(self.name, self.spec.question())
+        with registry.make("executors", "local", workers=1 if self._work else self.spec.workers) as executor:
+            key, survey = self._find(executor)
+            planner = Planner(self.spec, survey.layers, self._model_entry(survey))
+            planner.check(self.budgets)
+            # A question that cannot be answered takes no name: it can be put right and asked again.
+            self.store.create_study(self.name, self.spec.question())
+            self.store.link(self.name, "survey", key)
+            self.store.set_state(self.name, "running")
+            state = "failed"
+            try:
+                self._run(planner, survey, executor)
+                state = "complete"
+            except KeyboardInterrupt:
+                state = "paused"
+                raise
+            finally:
+                self.store.set_state(self.name, state)
         return self.front
 
-    def _run(self, executor: Executor) -> None:
-        survey = self._find(executor)
-        planner = Planner(self.spec, survey.layers, self._model_entry(survey))
+    def _run(self, planner: Planner, survey: Survey, executor: Executor) -> None:
         self.notices += [*survey.notices, *layer_notices(survey.layers)]
-        planner.check(self.budgets)
         for table in planner.costs:
             self.store.put("cost", table.key, table.to_json())
             self.store.link(self.name, "cost", table.key, label=table.resource)
@@ -120,7 +124,8 @@ class Study:
         plans += planner.random(scores, self.budgets, self.spec.random)
         self._measure(plans, executor)
 
-    def _find(self, executor: Executor) -> Survey:
+    def _find(self, executor: Executor) -> tuple[str, Survey]:
+        """Return what is in the model and the text, and its key."""
         spec = self.spec.to_json()
         cut = {name: spec[name] for name in ("tokens", "validation_tokens", "length", "batch_size", "ties")}
         key = content_key([self.identity, cut, fingerprint()])
@@ -131,9 +136,8 @@ class Study:
                 known = survey.to_json()
                 self.store.put("survey", key, known)
             self._report("load", 1, 1)
-        self.store.link(self.name, "survey", key)
         assert known is not None
-        return Survey.from_json(known)
+        return key, Survey.from_json(known)
 
     def _score(self, planner: Planner, survey: Survey, executor: Executor) -> SensitivityTable:
         settings = dict(self.spec.estimator_settings)

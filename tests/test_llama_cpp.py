@@ -191,7 +191,10 @@ def test_two_layers_cannot_be_one_tensor() -> None:
 def test_a_tied_head_is_the_embedding(first: str, tmp_path: Path) -> None:
     other = {"model.embed_tokens": "lm_head", "lm_head": "model.embed_tokens"}[first]
     plan = llama_plan({first: "int8-g32"}, **{first: {"shared": (other,)}})
-    assert write_types(plan, tmp_path) == [r"^token_embd\.weight$=q8_0"]
+    assert write_types(plan, tmp_path / "a") == [r"^token_embd\.weight$=q8_0"]
+    # Cohere has no other head in GGUF.
+    cohere = BitPlan(plan.layers, plan.formats, {"architecture": "CohereForCausalLM"})
+    assert write_types(cohere, tmp_path / "b") == [r"^token_embd\.weight$=q8_0"]
 
 
 def test_gpt2_rows_run_along_the_input_and_its_positions_stay(tmp_path: Path) -> None:
@@ -231,6 +234,8 @@ def test_every_weight_of_a_known_architecture_has_one_name(architecture: str) ->
     assert len(names) > 8
     assert "" not in found
     assert len(set(found)) == len(found)
+    tied = {"token_embd.weight", GgufNames(architecture, names).find("lm_head.weight")}
+    assert tied <= {"token_embd.weight", "output.weight", ""}
     assert all(name == name.lower() and name.endswith(".weight") for name in found)
 
 

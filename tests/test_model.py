@@ -113,10 +113,15 @@ class TestSwapping:
         model = load_model(small_llama)
         before = state_of(model)
         formats = {layer: Format.parse("int2-g64") for layer in find_layers(model)}
-        with pytest.raises(RuntimeError, match="stop"), applied(model, formats):
-            assert not torch.equal(model.weight("model.embed_tokens"), before["model.embed_tokens.weight"][1])
-            assert model.weight("lm_head") is model.weight("model.embed_tokens")
-            raise RuntimeError("stop")
+
+        def fail() -> None:
+            with applied(model, formats):
+                assert not torch.equal(model.weight("model.embed_tokens"), before["model.embed_tokens.weight"][1])
+                assert model.weight("lm_head") is model.weight("model.embed_tokens")
+                raise RuntimeError("stop")
+
+        with pytest.raises(RuntimeError, match="stop"):
+            fail()
         assert_untouched(model, before)
 
     def test_measuring_leaves_the_model_alone(self, small_llama: Path) -> None:
@@ -231,7 +236,9 @@ class TestBadModels:
 
     def test_overlapping_tensors(self, small_llama: Path, tmp_path: Path) -> None:
         folder = shutil.copytree(small_llama, tmp_path / "m")
-        header = json.dumps({n: {"dtype": "F32", "shape": [2], "data_offsets": [o, o + 8]} for n, o in (("a", 0), ("b", 4))})
+        header = json.dumps(
+            {n: {"dtype": "F32", "shape": [2], "data_offsets": [o, o + 8]} for n, o in (("a", 0), ("b", 4))}
+        )
         (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(12))
         with pytest.raises(mp.InputError, match="overlap"):
             load_model(folder)
@@ -344,12 +351,19 @@ class TestText:
 
     def test_a_short_text_is_used_and_said_to_be_short(self, small_llama: Path, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text("some words of text " * 40)
-        found = load_batches(Source(str(tmp_path / "a.txt")), load_tokenizer(small_llama), length=16, tokens=10**6, batch_size=2)
+        found = load_batches(
+            Source(str(tmp_path / "a.txt")), load_tokenizer(small_llama), length=16, tokens=10**6, batch_size=2
+        )
         assert [notice.code for notice in found.notices] == ["W504"]
 
     def test_a_tokenizer_of_another_model(self, small_llama: Path, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text("some words of text " * 40)
         with pytest.raises(mp.InputError, match="E503"):
             load_batches(
-                Source(str(tmp_path / "a.txt")), load_tokenizer(small_llama), length=16, tokens=64, batch_size=2, vocabulary=50
+                Source(str(tmp_path / "a.txt")),
+                load_tokenizer(small_llama),
+                length=16,
+                tokens=64,
+                batch_size=2,
+                vocabulary=50,
             )

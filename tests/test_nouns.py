@@ -143,7 +143,9 @@ def test_amounts_that_are_none_are_refused(text: str) -> None:
     assert found.value.code == "E111"
 
 
-@pytest.mark.parametrize(("text", "words"), [("wieghts <= 4 bits", "'weights'"), ("weights <= 4 bit", "'bits'"), ("tpot <= 4 ms", "tpot")])
+@pytest.mark.parametrize(
+    ("text", "words"), [("wieghts <= 4 bits", "'weights'"), ("weights <= 4 bit", "'bits'"), ("tpot <= 4 ms", "tpot")]
+)
 def test_unknown_resources_and_units_are_refused(text: str, words: str) -> None:
     with pytest.raises(mp.InputError) as found:
         Budget.parse(text)
@@ -211,7 +213,9 @@ def test_a_solution_that_breaks_a_budget_cannot_be_made() -> None:
 def table_of(values: list[list[float]]) -> SensitivityTable:
     array = np.array(values)
     names = tuple(f"l{i}" for i in range(len(values)))
-    return SensitivityTable(names, tuple(f"f{j}" for j in range(len(values[0]))), array, np.full(array.shape, np.nan), "nats/token")
+    return SensitivityTable(
+        names, tuple(f"f{j}" for j in range(len(values[0]))), array, np.full(array.shape, np.nan), "nats/token"
+    )
 
 
 def test_tables_average_with_the_spread_between_batches() -> None:

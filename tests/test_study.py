@@ -39,7 +39,9 @@ def test_the_plan_keeps_its_budget_and_beats_or_equals_nothing_silently(finished
     plan = finished.plans[0].plan
     assert plan.bytes <= 4 * plan.layers.weights // 8
     assert plan.predicted.bound is not None
-    assert plan.predicted.gap == 0.0
+    assert plan.predicted.gap is not None
+    assert plan.predicted.gap <= 1e-9
+    assert plan.source["status"] == "optimal"
     assert plan.predicted.spread is not None
     labels = {m.label.split()[0] for m in finished.measurements}
     assert labels == {"mixed", "uniform", "random"}
@@ -76,10 +78,13 @@ def test_every_estimator_runs_in_a_study_and_resumes(small_llama: Path, tmp_path
     study.run()
     assert study.computed > 5
     plan = plan_bytes(study)
+    by_batch = registry.load("estimators", estimator).by == "batch"
     cells = sqlite3.connect(tmp_path / "results.db")
     with cells:
         kept = cells.execute("SELECT count(*) FROM cell").fetchone()[0]
-        cells.execute("DELETE FROM cell WHERE rowid IN (SELECT rowid FROM cell ORDER BY batch DESC LIMIT ?)", (kept // 2,))
+        # What a run leaves that was killed: whole batches, or single cells.
+        last = "batch = (SELECT max(batch) FROM cell)" if by_batch else "layer < 'model.layers.1'"
+        assert 0 < cells.execute(f"DELETE FROM cell WHERE {last}").rowcount < kept
         cells.execute("DELETE FROM value WHERE kind = 'scores'")
     cells.close()
     again = Study(study.spec, study.store)
@@ -125,11 +130,18 @@ def test_an_infeasible_budget_is_refused_before_scoring(small_llama: Path, tmp_p
     assert found.value.code == "E201"
     assert study.computed == 1
     smallest = found.value.advice.partition("<= ")[2].partition(" bits")[0]
-    assert mp.study(**study_settings(small_llama, tmp_path / "b", budgets=[f"weights <= {smallest} bits"])).run()
+    assert mp.study(**study_settings(small_llama, tmp_path, name="b", budgets=[f"weights <= {smallest} bits"])).run()
 
 
 def test_pins_hold_and_cost(small_llama: Path, tmp_path: Path) -> None:
-    study = mp.study(**study_settings(small_llama, tmp_path, pins={"*.0.self_attn.k_proj": "int8-channel", "model.embed_tokens": "bf16"}, budgets=["weights <= 14 bits"]))
+    study = mp.study(
+        **study_settings(
+            small_llama,
+            tmp_path,
+            pins={"*.0.self_attn.k_proj": "int8-channel", "model.embed_tokens": "bf16"},
+            budgets=["weights <= 14 bits"],
+        )
+    )
     study.run()
     formats = study.plans[0].plan.formats
     assert str(formats["model.layers.0.self_attn.q_proj"]) == "int8-channel"
@@ -151,9 +163,11 @@ def test_pins_hold_and_cost(small_llama: Path, tmp_path: Path) -> None:
         ({"length": 500}, "E504", "64 tokens"),
     ],
 )
-def test_questions_that_do_not_fit_the_model(small_llama: Path, tmp_path: Path, changes: Any, code: str, words: str) -> None:
+def test_questions_that_do_not_fit_the_model(
+    small_llama: Path, tmp_path: Path, changes: Any, code: str, words: str
+) -> None:
     with pytest.raises(mp.MpsearchError) as found:
-        mp.study(**study_settings(small_llama, tmp_path, **changes)).run()
+        mp.study(**{**study_settings(small_llama, tmp_path), **changes}).run()
     assert found.value.code == code
     assert words in str(found.value)
 
@@ -175,7 +189,7 @@ def test_questions_that_do_not_fit_the_model(small_llama: Path, tmp_path: Path, 
 )
 def test_questions_that_make_no_sense(small_llama: Path, tmp_path: Path, changes: Any, code: str, words: str) -> None:
     with pytest.raises(mp.MpsearchError) as found:
-        mp.study(**study_settings(small_llama, tmp_path, **changes)).run()
+        mp.study(**{**study_settings(small_llama, tmp_path), **changes}).run()
     assert found.value.code == code
     assert words in str(found.value)
 
@@ -218,7 +232,7 @@ def test_study_files_name_the_line(tmp_path: Path, more: str, code: str, where: 
 
 def test_a_missing_study_file_offers_the_closest(tmp_path: Path) -> None:
     (tmp_path / "study.toml").write_text("")
-    with pytest.raises(mp.InputError, match="did you mean 'study.toml'"):
+    with pytest.raises(mp.InputError, match="did you mean 'study"):
         StudySpec.load(tmp_path / "stduy.toml")
 
 
@@ -232,7 +246,13 @@ def test_a_module_of_any_kind_can_be_searched() -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
     model = mp.wrap(module, logits=lambda m, x: m(x))
-    found = mp.search(model, [torch.randn(8, 64) for _ in range(8)], "weights <= 5 bits", formats=["int2-g32", "int4-g32", "int8-channel"], points=2)
+    found = mp.search(
+        model,
+        [torch.randn(8, 64) for _ in range(8)],
+        "weights <= 5 bits",
+        formats=["int2-g32", "int4-g32", "int8-channel"],
+        points=2,
+    )
     assert found.plan.bits <= 5
     assert found.front
     assert found.study.computed > 0

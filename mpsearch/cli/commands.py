@@ -97,7 +97,7 @@ def _pins(texts: list[str]) -> dict[str, str]:
     for text in texts:
         pattern, equals, fmt = text.rpartition("=")
         if not equals:
-            raise UsageError("E105", f"--pin '{text}' is not LAYER=FORMAT", advice="--pin 'lm_head=int8-channel'")
+            raise UsageError("E115", f"--pin '{text}' is not LAYER=FORMAT", advice="--pin 'lm_head=int8-channel'")
         pins[pattern] = fmt
     return pins
 
@@ -116,7 +116,9 @@ def _run(spec: Any, quiet: bool) -> None:
         except KeyboardInterrupt:
             progress.end()
             where = "" if spec.storage == _STORAGE else f" --storage {spec.storage}"
-            sys.stderr.write(f"paused; go on with: mpsearch resume {_quoted(spec.name)}{where}\n")
+            noted = any(row.name == spec.name for row in store.studies())
+            again = f"mpsearch resume {_quoted(spec.name)}{where}" if noted else "the same command"
+            sys.stderr.write(f"paused; go on with: {again}\n")
             raise typer.Exit(130) from None
         except MpsearchError:
             progress.end()

@@ -118,7 +118,7 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> An
     """Load the tokenizer of a model folder.
 
     Raises:
-        InputError: there is none, or it cannot be read (E505).
+        InputError: there is none, or it cannot be read (E507).
     """
     import transformers
 
@@ -128,7 +128,7 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> An
         )
     except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise InputError(
-            "E505",
+            "E507",
             f"'{folder}' has no tokenizer that loads",
             because=str(error).splitlines()[0],
             advice="add tokenizer.json",

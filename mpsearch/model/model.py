@@ -79,14 +79,14 @@ class Model:
         """Unnormalised log-probabilities: (sequences, positions, vocabulary), or (samples, classes).
 
         Raises:
-            InputError: the model gives none (E519).
+            InputError: the model gives none (E508).
         """
         if self._logits is not None:
             return self._logits(self.module, batch)
         if self.tokens:
             output: Tensor = self.module(**batch, use_cache=False).logits
             return output
-        raise InputError("E519", f"model '{self.name}' gives no logits", advice="wrap it: mp.wrap(module, logits=…)")
+        raise InputError("E508", f"model '{self.name}' gives no logits", advice="wrap it: mp.wrap(module, logits=…)")
 
     @property
     def has_logits(self) -> bool:

@@ -15,7 +15,7 @@ from mpsearch.solvers._reduced import Bools, Floats, Ints
 Status = Literal["optimal", "infeasible", "stopped", "failed"]
 Terms = list[tuple[pulp.LpVariable, float]]
 
-#: Absolute tolerance for rows, bounds and whole numbers; HiGHS prunes what gains less than this too.
+#: Absolute tolerance for whole numbers, in HiGHS for rows too; HiGHS also prunes what gains less than this.
 _TOLERANCE = 1e-9
 #: Coefficients of a budget are whole numbers up to this, or are scaled to it.
 _LARGEST = 2**12
@@ -59,7 +59,8 @@ class Outcome:
 
 def solve(model: Model, backend: str, seconds: float) -> Outcome:
     """Solve with one backend, ``highs`` or ``cbc``; its failure is an outcome, not an exception."""
-    programme, variables, possible = _programme(model)
+    # PuLP hands CBC 13 digits of every number; budgets are loosened by as much, so that no choice is lost.
+    programme, variables, possible = _programme(model, loose=1e-12 if backend == "cbc" else 0.0)
     # Rows with a single cell need no variable.
     choice = model.offered.argmax(axis=1)
     settled = np.flatnonzero(model.offered.sum(axis=1) == 1)
@@ -91,7 +92,7 @@ def missing(backend: str) -> str:
     return "" if _cbc_path() else "there is no cbc, neither in PuLP nor in the path"
 
 
-def _programme(model: Model) -> tuple[pulp.LpProblem, dict[tuple[int, int], pulp.LpVariable], bool]:
+def _programme(model: Model, loose: float) -> tuple[pulp.LpProblem, dict[tuple[int, int], pulp.LpVariable], bool]:
     """Return the programme, its variables, and False if it was seen that nothing fits."""
     programme = pulp.LpProblem("allocation", pulp.LpMinimize)
     variables: dict[tuple[int, int], pulp.LpVariable] = {}
@@ -113,7 +114,7 @@ def _programme(model: Model) -> tuple[pulp.LpProblem, dict[tuple[int, int], pulp
             coefficients, top = _small(above, right)
             possible &= right >= 0
             terms = [(variables[i, f], float(coefficients[i, f])) for i, f in np.argwhere(above).tolist()]
-            _add(programme, terms, pulp.LpConstraintLE, top)
+            _add(programme, terms, pulp.LpConstraintLE, top + loose * float(coefficients.max(axis=1).sum()))
     for mask, most in model.cuts:
         settled = int((mask & model.offered)[~free].sum())
         possible &= settled <= most
@@ -160,16 +161,18 @@ def _highs(programme: pulp.LpProblem, seconds: float) -> tuple[Status, float, st
 
 
 def _cbc(programme: pulp.LpProblem, seconds: float) -> tuple[Status, float, str]:
-    # Without the increment, CBC passes over what gains less than 1e-5.
-    options = ["randomSeed 1", "increment 1e-9", f"primalTolerance {_TOLERANCE}", f"integerTolerance {_TOLERANCE}"]
+    # Without the increment, CBC passes over what gains less than 1e-5. Its preprocessing was seen to call problems
+    # infeasible that have a choice which meets a limit exactly.
+    options = ["randomSeed 1", "increment 1e-9", "preprocess off", f"integerTolerance {_TOLERANCE}"]
     solver = pulp.COIN_CMD(
         path=_cbc_path(), msg=False, gapRel=0.0, gapAbs=0.0, threads=1, timeLimit=max(seconds, 0.01), options=options
     )
     programme.solve(solver)
-    report = str(pulp.LpSolution[programme.sol_status])
+    report = f"{pulp.LpStatus[programme.status]}, {pulp.LpSolution[programme.sol_status]}"
+    # PuLP calls a time-out optimal in the one, and a proof that no whole numbers fit "not found" in the other.
     if programme.sol_status == pulp.LpSolutionOptimal:
         return "optimal", float(pulp.value(programme.objective)), report
-    if programme.sol_status == pulp.LpSolutionInfeasible:
+    if programme.status == pulp.LpStatusInfeasible:
         return "infeasible", math.inf, report
     return "stopped", -math.inf, report
 

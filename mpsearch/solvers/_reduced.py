@@ -120,11 +120,11 @@ def accept(problem: Problem, solver: str) -> None:
     """Refuse what `refusal` names.
 
     Raises:
-        InputError: the numbers are too large (E131).
+        InputError: the numbers are too large (E210).
     """
     reason = refusal(problem)
     if reason:
-        raise InputError("E131", f"solver '{solver}': {reason}", advice="give losses and costs in larger units")
+        raise InputError("E210", f"solver '{solver}': {reason}", advice="give losses and costs in larger units")
 
 
 def impossible(problem: Problem) -> str:

@@ -47,8 +47,8 @@ class Bound:
 
     ``L(p) = sum_i min_f (loss[i,f] + sum_r p[r] cost[r,i,f]) - sum_r p[r] limit[r]`` is, for any prices ``p >= 0``, no
     larger than the loss of any choice that fits. It is concave and piecewise linear; its maximum is found by cutting
-    planes. The maximum equals that of the linear relaxation; with one budget the gap is at most the largest spread of
-    loss in one row, however many rows there are. Losses and bounds in the unit of the table; lower is better.
+    planes. The maximum equals that of the linear relaxation with limits rounded down to what whole steps of cost can
+    reach; with one budget the gap is at most the largest spread of loss in one row, however many rows there are. Losses and bounds in the unit of the table; lower is better.
 
     Cost: one pass over the R N F cells per round, some 10 to 40 rounds, and a linear programme of R + 1 variables.
     Memory: a few copies of the cells.
@@ -75,7 +75,7 @@ class Bound:
         """Return the best choice met on the way, with the bound.
 
         Raises:
-            InputError: the numbers are too large to be summed (E131).
+            InputError: the numbers are too large to be summed (E210).
         """
         accept(problem, "bound")
         reason = impossible(problem)
@@ -98,7 +98,7 @@ def lagrangian_bound(problem: Problem, rounds: int = 100) -> tuple[float, tuple[
     infinite when nothing fits and the relaxation proves it. Prices are >= 0, in loss per unit of resource.
 
     Raises:
-        InputError: the numbers are too large to be summed (E131).
+        InputError: the numbers are too large to be summed (E210).
 
     >>> p = Problem(np.array([[2.0, 0.0], [3.0, 0.0]]), np.array([[[0.0, 2.0], [0.0, 2.0]]]), np.array([2.0]))
     >>> bound, prices = lagrangian_bound(p)
@@ -154,7 +154,7 @@ class _Walk:
         self.ceiling = math.fsum(worst.tolist()) * (1 + 4 * _EPS)
         #: Each cut (a, g) says that the mean bound at weights w is at most a + g @ w.
         self.cuts: list[tuple[float, Floats]] = []
-        self.highest = self.top = max(self.ceiling / max(self.rows, 1), _EPS)
+        self.highest = self.top = self.ceiling / max(self.rows, 1) or 1.0
         self.best_value = -math.inf
         self.best_weights = np.zeros(resources)
         self.best_guess = np.zeros(self.rows, dtype=np.int64)

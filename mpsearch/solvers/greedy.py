@@ -47,7 +47,7 @@ class Greedy:
         """Return the greedy choice, with the bound.
 
         Raises:
-            InputError: the numbers are too large to be summed (E131).
+            InputError: the numbers are too large to be summed (E210).
         """
         accept(problem, "greedy")
         reason = impossible(problem)

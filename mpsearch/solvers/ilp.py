@@ -85,7 +85,7 @@ class Ilp:
         """Return the optimum, or the best choice found in time.
 
         Raises:
-            InputError: the numbers are too large to be summed (E131).
+            InputError: the numbers are too large to be summed (E210).
         """
         accept(problem, "ilp")
         reason = impossible(problem)
@@ -205,7 +205,7 @@ class _Search:
                 excess = math.ldexp(outcome.bound, -scale)
                 margin = _TRUST * max(excess, best if math.isfinite(best) else 0.0)
                 self._raise(reduced, core, max(0.0, excess - margin))
-            if not slipped or self._proven() or len(model.cuts) >= _CUTS:
+            if not slipped or outcome.status != "optimal" or self._proven() or len(model.cuts) >= _CUTS:
                 return outcome
             self.stats["cuts"] += 1
             model = replace(model, cuts=(*model.cuts, cover(self.problem, reduced, outcome.choice)))
@@ -218,6 +218,8 @@ class _Search:
         self.stats["programmes"] += 1
         reason = _milp.missing(self.backend)
         outcome = _milp.Outcome("failed", None, -math.inf, reason) if reason else _milp.solve(model, self.backend, left)
+        if outcome.status == "infeasible" and self.choice is not None:
+            outcome = replace(outcome, status="failed", report=f"{outcome.report}, although a choice is known")
         if outcome.status == "failed" and self.backend != "cbc":
             self.stats["fallback"] = outcome.report
             self.backend = "cbc"

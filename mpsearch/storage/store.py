@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from sqlalchemy import Connection, Engine
 
@@ -86,7 +86,9 @@ class SqlStore:
         for _ in range(2):
             try:
                 return self._look(path)
-            except StorageError:
+            except StorageError as error:
+                if error.code != "E603":
+                    raise
                 # A look takes no lock, and may meet another process that is just making the database.
                 time.sleep(0.05)
         return self._look(path)
@@ -105,7 +107,7 @@ class SqlStore:
             self._engine_here().dispose()
             self._closed = True
 
-    def __enter__(self) -> SqlStore:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

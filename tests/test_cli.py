@@ -1,0 +1,188 @@
+"""The command line: what is printed, exit codes, no tracebacks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mpsearch.cli.main import run
+from mpsearch.plan import BitPlan
+
+QUICK = [
+    "--tokens",
+    "512",
+    "--validation-tokens",
+    "512",
+    "--length",
+    "32",
+    "--points",
+    "2",
+    "--workers",
+    "1",
+    "--quiet",
+]
+TEXT = ["--calib", "stdlib:calibration", "--validation", "stdlib:validation"]
+
+
+@pytest.fixture(scope="module")
+def folder(small_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a study was run from the command line."""
+    where = tmp_path_factory.mktemp("cli")
+    before = Path.cwd()
+    os.chdir(where)
+    try:
+        assert run(["run", str(small_llama), *TEXT, "--budget", "weights <= 4 bits", *QUICK]) == 0
+    finally:
+        os.chdir(before)
+    return where
+
+
+@pytest.fixture
+def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_a_run_leaves_a_report_and_a_plan(here: Path) -> None:
+    outputs = here / "mpsearch-out" / "small-llama"
+    plan = BitPlan.load(outputs / "plan.json")
+    assert plan.bits <= 4
+    report = (outputs / "report.html").read_text()
+    assert "small-llama" in report
+    assert 'src="http' not in report
+
+
+def test_show_lists_studies_and_shows_one(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["show"]) == 0
+    assert capsys.readouterr().out.startswith("small-llama  complete")
+    assert run(["show", "small-llama"]) == 0
+    out = capsys.readouterr().out
+    assert "uniform int4-g64" in out
+    assert "model.layers.0.self_attn.{q,k,v}_proj" in out
+    assert run(["show", "small-llama", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["plan"]["schema"] == "mpsearch/plan"
+    assert {m["label"].split()[0] for m in data["measurements"]} == {"mixed", "uniform"}
+
+
+def test_solve_prints_and_writes_a_plan(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["solve", "small-llama", "--budget", "weights <= 3.5 bits", "--out", "solved.json"]) == 0
+    out = capsys.readouterr().out
+    plan = BitPlan.load(here / "solved.json")
+    assert f"{plan.bytes:,}" in out
+    assert plan.bits <= 3.5
+    assert run(["solve", "small-llama", "--budget", "weights <= 3.5 bits", "--json"]) == 0
+    assert BitPlan.from_json(json.loads(capsys.readouterr().out)) == plan
+
+
+def test_resume_of_a_finished_study_computes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (here / "mpsearch-out" / "small-llama" / "plan.json").read_bytes()
+    assert run(["resume", "small-llama", "--workers", "1", "--quiet"]) == 0
+    assert "0 tasks computed" in capsys.readouterr().out
+    assert (here / "mpsearch-out" / "small-llama" / "plan.json").read_bytes() == before
+
+
+def test_the_native_export_takes_the_predicted_bytes(here: Path) -> None:
+    from mpsearch.exports.native import payload_bytes
+
+    assert run(["export", "small-llama", "--to", "native", "--out", "native"]) == 0
+    plan = BitPlan.load(here / "native" / "plan.json")
+    assert payload_bytes(here / "native" / "weights.safetensors") == plan.bytes
+
+
+def test_an_export_that_cannot_be_held_names_every_layer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["export", "small-llama", "--to", "llama.cpp", "--out", "gguf"]) == 3
+    error = capsys.readouterr().err
+    assert "error[E301]" in error
+    assert "model.layers.0.mlp.down_proj" in error
+    assert not (here / "gguf").exists()
+
+
+def test_layers_lists_what_is_decided_and_what_is_not(
+    small_llama: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["layers", str(small_llama)]) == 0
+    out = capsys.readouterr().out
+    assert "same tensor as lm_head" in out
+    assert "1-D norm or bias vector" in out
+    assert run(["layers", str(small_llama), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["layers"]) == 15
+
+
+@pytest.mark.parametrize(
+    ("line", "exit_code", "words"),
+    [
+        (["run", "nowhere", "--calib", "x.txt", "--budget", "4 bits"], 3, "E101"),
+        (["run", "stduy.toml"], 3, "E101"),
+        (["run", "{model}", "--budget", "4 bits"], 3, "'calibration' is missing"),
+        (["run", "{model}", "--calib", "none.txt", "--budget", "4 bits", "--name", "new"], 3, "E101"),
+        (["run", "{model}", *TEXT], 3, "E111"),
+        (["run", "{model}", *TEXT, "--budget", "nan"], 3, "E111"),
+        (["run", "{model}", *TEXT, "--budget", "1 bits", "--name", "low", *QUICK], 4, "E201"),
+        (["run", "{model}", *TEXT, "--budget", "1.5 bits", "--name", "low", *QUICK], 4, "E201"),
+        (["run", "{model}", *TEXT, "--budget", "3 bits", *QUICK], 6, "E140"),
+        (["run", "{model}", *TEXT, "--budget", "4 bits", "--pin", "lm_head"], 2, "E115"),
+        (["run", "{model}", *TEXT, "--budget", "4 bits", "--tokens", "0"], 3, "E113"),
+        (["run", "{model}", *TEXT, "--budget", "4 bits", "--tokens", "many"], 2, "tokens"),
+        (["solve", "smal-llama"], 6, "E141"),
+        (["solve", "small-llama", "--budget", "1 bits"], 4, "E201"),
+        (["solve", "small-llama", "--storage", "none.db"], 3, "E101"),
+        (["export", "small-llama", "--to", "gguff"], 3, "E107"),
+        (["resume", "smal-llama"], 6, "did you mean 'small-llama'"),
+        (["nonsense"], 2, "nonsense"),
+    ],
+)
+def test_mistakes_end_with_their_code_and_a_message(
+    line: list[str], exit_code: int, words: str, small_llama: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([part.replace("{model}", str(small_llama)) for part in line]) == exit_code
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+
+
+def kept_cells(database: Path) -> int:
+    if not database.exists():
+        return 0
+    connection = sqlite3.connect(database)
+    try:
+        return int(connection.execute("SELECT count(*) FROM cell").fetchone()[0])
+    except sqlite3.OperationalError:
+        return 0
+    finally:
+        connection.close()
+
+
+def test_ctrl_c_pauses_and_says_how_to_go_on(small_llama: Path, tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "mpsearch.cli.main", "run", str(small_llama), *TEXT, "--budget", "4 bits"]
+    more = ["--tokens", "65536", "--length", "32", "--workers", "2", "--name", "long one"]
+    process = subprocess.Popen([*line, *more], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not kept_cells(tmp_path / "mpsearch.db"):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "mpsearch resume 'long one'" in error
+    assert "Traceback" not in error
+    shown = subprocess.run(
+        [sys.executable, "-m", "mpsearch.cli.main", "show"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.startswith("long one  paused")
+
+
+def test_help_is_quick_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from mpsearch.cli.main import run; run(['--help']);"
+        "print([m for m in ('torch', 'ray', 'sqlalchemy', 'transformers', 'plotly') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,72 @@
+"""The documents say what is true: codes are listed, code blocks run, links lead somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
+
+
+def test_every_code_that_is_raised_is_explained() -> None:
+    raised = set()
+    for file in (ROOT / "mpsearch").rglob("*.py"):
+        raised |= set(re.findall(r'"([EWN]\d{3})"', file.read_text()))
+    explained = set(re.findall(r"^\| ([EWN]\d{3}) \|", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE))
+    assert raised == explained
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_the_python_blocks_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert (tmp_path / "plan.json").is_file()
+    assert os.listdir(tmp_path)
+
+
+def test_the_study_file_of_the_readme_is_one(tmp_path: Path) -> None:
+    from mpsearch.spec import StudySpec
+
+    (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "study.toml").write_text(block)
+    spec = StudySpec.load(tmp_path / "study.toml")
+    assert spec.name == "laptop"
+    assert spec.pins == {"model.embed_tokens": "int8-channel"}
+
+
+def test_the_shell_lines_of_the_readme_are_commands_with_these_options() -> None:
+    from typer.main import get_command
+
+    from mpsearch.cli.main import app
+
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    lines = re.findall(r"^mpsearch (\w+)(.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(lines) >= 6
+    for name, rest in lines:
+        options = {option for parameter in commands[name].params for option in parameter.opts}
+        for option in re.findall(r"(--[a-z-]+)", rest):
+            assert option in options, (name, option)
+
+
+def test_every_field_of_a_study_is_documented() -> None:
+    from dataclasses import fields
+
+    from mpsearch.spec import StudySpec
+
+    page = (ROOT / "docs" / "study-file.md").read_text()
+    for field in fields(StudySpec):
+        if not field.name.endswith("_settings"):
+            assert f"`{field.name}`" in page, field.name
