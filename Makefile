@@ -3,15 +3,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CODE := mpsearch tests studies benchmarks
-BENCHMARKS := $(sort $(wildcard benchmarks/*.py))
+BENCHMARKS := frontier curvature solving kill_study
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench browser clean
 
 demo: $(STAMP) ## search, measure and export the bundled model
 	$(BIN)/mpsearch demo
 
-test: lint ## everything that a change must pass
+test: browser lint ## everything that a change must pass
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+browser: ## the report is tested in a real browser
+	@command -v chromium >/dev/null || { \
+	  as_root=$$([ "$$(id -u)" -eq 0 ] || echo sudo); \
+	  $$as_root apt-get update -qq && \
+	  $$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium; }
 
 lint: $(STAMP) ## style, types and the direction of imports
 	$(BIN)/ruff check $(wildcard $(CODE))
@@ -20,7 +26,7 @@ lint: $(STAMP) ## style, types and the direction of imports
 	$(BIN)/lint-imports
 
 bench: $(STAMP) ## run every benchmark in turn
-	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python "$$file"; done
+	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
 
 clean: ## remove the virtual environment and what was built
 	rm -rf $(VENV) dist build

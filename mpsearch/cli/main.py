@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from mpsearch import __version__
-from mpsearch.cli import commands
+from mpsearch.cli import compute, options, stored
 from mpsearch.errors import MpsearchError
 
 app = typer.Typer(
@@ -20,13 +20,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    commands.run,
-    commands.resume,
-    commands.solve,
-    commands.show,
-    commands.export,
-    commands.layers,
-    commands.demo,
+    compute.run,
+    compute.resume,
+    stored.solve,
+    stored.show,
+    stored.export,
+    stored.layers,
+    compute.demo,
 ):
     app.command()(command)
 
@@ -42,7 +42,7 @@ def _root(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
 ) -> None:
-    commands.DEBUG.set(debug)
+    options.DEBUG.set(debug)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -58,9 +58,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         app(args=None if arguments is None else list(arguments))
     except MpsearchError as error:
-        if commands.DEBUG.get():
+        if options.DEBUG.get():
             raise
-        sys.stderr.write(f"{commands.plain(str(error))}\n")
+        sys.stderr.write(f"{options.plain(str(error))}\n")
         return error.exit_code
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0

@@ -161,11 +161,22 @@ def _highs(programme: pulp.LpProblem, seconds: float) -> tuple[Status, float, st
 
 
 def _cbc(programme: pulp.LpProblem, seconds: float) -> tuple[Status, float, str]:
-    # Without the increment, CBC passes over what gains less than 1e-5. Its preprocessing was seen to call problems
-    # infeasible that have a choice which meets a limit exactly.
-    options = ["randomSeed 1", "increment 1e-9", "preprocess off", f"integerTolerance {_TOLERANCE}"]
+    status, bound, report = _ask_cbc(programme, seconds)
+    if status != "infeasible":
+        return status, bound, report
+    # CBC's preprocessing was seen to call problems infeasible that have a choice which meets a limit exactly. Without
+    # it CBC is right about those, and crashes on the ones that are infeasible.
+    try:
+        return _ask_cbc(programme, seconds, "preprocess off")
+    except pulp.PulpSolverError:
+        return status, bound, report
+
+
+def _ask_cbc(programme: pulp.LpProblem, seconds: float, *options: str) -> tuple[Status, float, str]:
+    # Without the increment, CBC passes over what gains less than 1e-5.
+    settings = ["randomSeed 1", "increment 1e-9", f"integerTolerance {_TOLERANCE}", *options]
     solver = pulp.COIN_CMD(
-        path=_cbc_path(), msg=False, gapRel=0.0, gapAbs=0.0, threads=1, timeLimit=max(seconds, 0.01), options=options
+        path=_cbc_path(), msg=False, gapRel=0.0, gapAbs=0.0, threads=1, timeLimit=max(seconds, 0.01), options=settings
     )
     programme.solve(solver)
     report = f"{pulp.LpStatus[programme.status]}, {pulp.LpSolution[programme.sol_status]}"

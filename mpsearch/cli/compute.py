@@ -1,0 +1,205 @@
+"""Commands that compute: run, resume, demo. Heavy parts are loaded when they are needed."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mpsearch.cli.options import (
+    DEFAULT_STORAGE,
+    Budgets,
+    Quiet,
+    Storage,
+    Workers,
+    open_study,
+    storage_option,
+    worker_count,
+)
+from mpsearch.errors import MpsearchError, UsageError
+
+if TYPE_CHECKING:
+    from mpsearch.studying import Study
+
+
+def run(
+    what: Annotated[str, typer.Argument(help="A study file (.toml), a model folder, or bundled:tiny-llama.")],
+    calib: Annotated[str, typer.Option(help="Calibration text: .txt, .jsonl or stdlib:calibration.")] = "",
+    validation: Annotated[str, typer.Option(help="Validation text; a quarter of --calib is held out without.")] = "",
+    budget: Budgets = None,
+    format: Annotated[
+        list[str] | None, typer.Option("--format", "-f", help="A format of the menu; again for more.")
+    ] = None,
+    estimator: Annotated[str | None, typer.Option(help="Name of the estimator.")] = None,
+    solver: Annotated[str | None, typer.Option(help="Name of the solver.")] = None,
+    pin: Annotated[list[str] | None, typer.Option(help="LAYER=FORMAT, the layer may be a pattern.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the study; the model's name by default.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Calibration tokens.")] = None,
+    validation_tokens: Annotated[int | None, typer.Option(help="Validation tokens.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of one sequence.")] = None,
+    text_key: Annotated[str | None, typer.Option(help="Field of a .jsonl line that holds the text.")] = None,
+    points: Annotated[
+        int | None, typer.Option(help="Further budgets that are solved and measured for the front.")
+    ] = None,
+    random: Annotated[int | None, typer.Option(help="Random plans that are measured for comparison.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all that is random.")] = None,
+    storage: Annotated[str | None, typer.Option(help="Results database: a path or URL.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder of the report and the plan.")] = None,
+    workers: Workers = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score, solve, measure, and write the report and the plan.
+
+    mpsearch run ./model --calib calib.txt --budget "weights <= 4.25 bits"
+
+    mpsearch run study.toml
+    """
+    from mpsearch.spec import StudySpec
+
+    given = {
+        "name": name, "calibration": calib or None, "validation": validation or None, "estimator": estimator,
+        "solver": solver, "tokens": tokens, "validation_tokens": validation_tokens, "length": length,
+        "text_key": text_key, "points": points, "random": random, "seed": seed, "storage": storage, "out": out,
+        "budgets": tuple(budget) if budget else None, "formats": tuple(format) if format else None,
+        "pins": _pins(pin) if pin else None, "trust_remote_code": trust_remote_code or None, "workers": workers,
+    }  # fmt: skip
+    values: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if what.endswith(".toml"):
+        spec = StudySpec.load(what, **values)
+    else:
+        values.setdefault("workers", worker_count(None))
+        spec = StudySpec.of(model=what, **values)
+    _run(spec, quiet)
+
+
+def resume(
+    name: Annotated[str, typer.Argument(help="Name of the study.")],
+    storage: Storage = DEFAULT_STORAGE,
+    workers: Workers = None,
+    out: Annotated[str, typer.Option(help="Folder of the report and the plan.")] = "mpsearch-out",
+    quiet: Quiet = False,
+) -> None:
+    """Go on with a study that was stopped; what is known is not computed again.
+
+    mpsearch resume tiny-llama
+    """
+    from dataclasses import replace
+
+    found = open_study(name, storage)
+    found.store.close()
+    _run(replace(found.spec, workers=worker_count(workers), out=out), quiet)
+
+
+def demo(
+    storage: Storage = DEFAULT_STORAGE,
+    out: Annotated[str, typer.Option(help="Folder of the report and the plan.")] = "mpsearch-out",
+    workers: Workers = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run the whole line on the bundled model: find, score, solve, measure, report, export.
+
+    mpsearch demo
+    """
+    from mpsearch.bundled import BUNDLED
+    from mpsearch.spec import StudySpec
+
+    spec = StudySpec.of(
+        name="demo",
+        model=BUNDLED,
+        calibration="stdlib:calibration",
+        validation="stdlib:validation",
+        budgets=("weights <= 3.5 bits",),
+        tokens=4096,
+        validation_tokens=8192,
+        points=6,
+        workers=worker_count(workers),
+        storage=storage,
+        out=out,
+    )
+    _run(spec, quiet)
+    _export_demo(spec)
+
+
+def _export_demo(spec: Any) -> None:
+    from mpsearch import registry
+    from mpsearch.exports.native import payload_bytes
+    from mpsearch.model.model import load_model
+    from mpsearch.plan import BitPlan
+
+    folder = Path(spec.out) / spec.name
+    plan = BitPlan.load(folder / "plan.json")
+    files = registry.make("exporters", "native", force=True).write(plan, folder / "native", load_model(spec.model))
+    weights = next(path for path in files if path.suffix == ".safetensors")
+    sys.stdout.write(f"export  {weights}: {payload_bytes(weights):,} bytes of tensors, {plan.bytes:,} predicted\n")
+
+
+def _pins(texts: list[str]) -> dict[str, str]:
+    pins = {}
+    for text in texts:
+        pattern, equals, fmt = text.rpartition("=")
+        if not equals:
+            raise UsageError("E115", f"--pin '{text}' is not LAYER=FORMAT", advice="--pin 'lm_head=int8-channel'")
+        pins[pattern] = fmt
+    return pins
+
+
+def _run(spec: Any, quiet: bool) -> None:
+    from mpsearch import registry
+    from mpsearch.cli.progress import Progress
+    from mpsearch.studying import Study
+
+    progress = Progress(quiet)
+    with registry.make("stores", "sql", url=spec.storage) as store:
+        study = Study(spec, store, report=progress)
+        started = time.monotonic()
+        try:
+            study.run()
+        except KeyboardInterrupt:
+            progress.end()
+            noted = any(row.name == spec.name for row in store.studies())
+            again = (
+                f"mpsearch resume {shlex.quote(spec.name)}{storage_option(spec.storage)}"
+                if noted
+                else "the same command"
+            )
+            sys.stderr.write(f"paused; go on with: {again}\n")
+            raise typer.Exit(130) from None
+        except MpsearchError:
+            progress.end()
+            raise
+        progress.end()
+        _present(study, time.monotonic() - started)
+
+
+def _present(study: Study, seconds: float) -> None:
+    from mpsearch.cli.show import console, front_table, safe
+    from mpsearch.outputs import write_outputs
+    from mpsearch.verdict import verdict
+
+    out = console()
+    layers = study.survey.layers
+    out.print(
+        f"{len(layers)} layers in {len(layers.decisions)} decisions, {layers.weights:,} weights; "
+        f"{study.computed} tasks computed in {seconds:.1f} s",
+        markup=False,
+    )
+    for notice in study.notices:
+        out.print(safe(notice), markup=False)
+    chosen, measurements = study.plans[0], study.measurements
+    out.print()
+    out.print(front_table(measurements, study.front, layers.weights, chosen.plan.assignment))
+    out.print()
+    for line in verdict(chosen, measurements):
+        out.print(safe(line), markup=False)
+    report, plan = write_outputs(study)
+    storage = "" if study.spec.storage == DEFAULT_STORAGE else f" --storage {shlex.quote(study.spec.storage)}"
+    sys.stdout.write(
+        f"\nreport  {report}\nplan    {plan}\n"
+        f"next    mpsearch solve {shlex.quote(study.name)} --budget 'weights <= 3.5 bits'{storage}\n"
+        f"        mpsearch export {shlex.quote(study.name)} --to native --out exported{storage}\n"
+    )

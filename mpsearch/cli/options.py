@@ -1,0 +1,53 @@
+"""What the commands share: options, opening a stored study, writing commands to copy."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from mpsearch.studying import Study
+
+#: Whether an error shows its traceback.
+DEBUG: ContextVar[bool] = ContextVar("debug", default=False)
+
+DEFAULT_STORAGE = "sqlite:///mpsearch.db"
+Storage = Annotated[str, typer.Option(help="Results database: a path or URL.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Budgets = Annotated[
+    list[str] | None, typer.Option("--budget", "-b", help="Such as 'weights <= 4.25 bits'; give it again for more.")
+]
+Workers = Annotated[int | None, typer.Option(help="Processes that compute; all cores, at most 4, by default.")]
+
+
+def plain(text: str) -> str:
+    """Take control characters out of a text of several lines."""
+    from mpsearch.cli.show import safe
+
+    return "\n".join(safe(line) for line in text.splitlines())
+
+
+def worker_count(asked: int | None) -> int:
+    """Workers to use: as many as asked for, else all cores up to 4."""
+    return asked if asked is not None else min(os.cpu_count() or 1, 4)
+
+
+def storage_option(storage: str) -> str:
+    """The option that names a database, for a command to copy; empty for the default one."""
+    return "" if storage == DEFAULT_STORAGE else f" --storage {shlex.quote(storage)}"
+
+
+def open_study(name: str, storage: str, read_only: bool = False) -> Study:
+    """Open a stored study by name."""
+    from mpsearch import registry
+    from mpsearch.spec import StudySpec
+    from mpsearch.studying import Study
+
+    store = registry.make("stores", "sql", url=storage, create=False, read_only=read_only)
+    row = store.study(name)
+    return Study(StudySpec.from_question(row.spec, storage), store)

@@ -1,0 +1,157 @@
+"""Commands on what is stored or on a model alone: solve, show, export, layers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mpsearch.cli.options import DEFAULT_STORAGE, Budgets, Json, Storage, open_study
+from mpsearch.errors import InputError
+
+
+def solve(
+    name: Annotated[str, typer.Argument(help="Name of the study.")],
+    budget: Budgets = None,
+    storage: Storage = DEFAULT_STORAGE,
+    out: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Solve for other budgets on the stored scores; neither the model nor torch is loaded.
+
+    mpsearch solve tiny-llama --budget 'weights <= 3.5 bits'
+    """
+    from mpsearch.cli.show import console, plan_table
+
+    study = open_study(name, storage)
+    try:
+        plan = study.plan(*(budget or []))
+    finally:
+        study.store.close()
+    if out is not None:
+        plan.save(out)
+    if as_json:
+        sys.stdout.write(json.dumps(plan.to_json(), indent=1) + "\n")
+        return
+    console().print(plan_table(plan))
+    predicted = plan.predicted
+    sys.stdout.write(f"\nbytes       {plan.bytes:,} ({plan.bits:.4f} bits per weight)\n")
+    if predicted.loss is not None:
+        spread = "" if predicted.spread is None else f" ± {predicted.spread:.2g}"
+        sys.stdout.write(f"predicted   {predicted.loss:.5g}{spread} {predicted.unit}\n")
+    if predicted.gap is not None:
+        sys.stdout.write(f"gap         {100 * predicted.gap:.3g} % (bound {predicted.bound:.5g})\n")
+    if out is not None:
+        sys.stdout.write(f"plan        {out}\n")
+
+
+def show(
+    name: Annotated[str | None, typer.Argument(help="Name of the study; all studies without.")] = None,
+    storage: Storage = DEFAULT_STORAGE,
+    as_json: Json = False,
+) -> None:
+    """Show the studies of a database, or one study's measured plans.
+
+    mpsearch show
+
+    mpsearch show tiny-llama
+    """
+    from mpsearch import registry
+    from mpsearch.cli.show import console, front_table, plan_table, safe, study_json
+    from mpsearch.verdict import verdict
+
+    if name is None:
+        with registry.make("stores", "sql", url=storage, create=False, read_only=True) as store:
+            rows = store.studies()
+        if as_json:
+            sys.stdout.write(
+                json.dumps([{"name": r.name, "state": r.state, "created": r.created} for r in rows]) + "\n"
+            )
+            return
+        for row in rows:
+            sys.stdout.write(f"{safe(row.name)}  {row.state}  {row.created}\n")
+        if not rows:
+            sys.stdout.write("no studies yet; start one with: mpsearch demo\n")
+        return
+    study = open_study(name, storage, read_only=True)
+    try:
+        if as_json:
+            sys.stdout.write(json.dumps(study_json(study), indent=1) + "\n")
+            return
+        plans, measurements = study.plans, study.measurements
+        if not plans or not measurements:
+            raise InputError("E143", f"study '{name}' has no measured plan yet", advice=f"mpsearch resume {name}")
+        out = console()
+        out.print(front_table(measurements, study.front, study.survey.layers.weights, plans[0].plan.assignment))
+        out.print()
+        out.print(plan_table(plans[0].plan))
+        out.print()
+        for line in verdict(plans[0], measurements):
+            out.print(safe(line), markup=False)
+    finally:
+        study.store.close()
+
+
+def export(
+    name: Annotated[str, typer.Argument(help="Name of the study, or a plan file (.json).")],
+    to: Annotated[str, typer.Option(help="native or llama.cpp.")] = "native",
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("exported"),
+    budget: Budgets = None,
+    storage: Storage = DEFAULT_STORAGE,
+    weights: Annotated[bool, typer.Option(help="Native: write the packed weights as well.")] = True,
+    model: Annotated[str, typer.Option(help="Model folder, when it is not where the study had it.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Replace files that an earlier export wrote.")] = False,
+) -> None:
+    """Write a plan for another tool.
+
+    mpsearch export tiny-llama --budget 'weights <= 3.5 bits' --to native --out exported
+    """
+    from mpsearch import registry
+    from mpsearch.plan import BitPlan
+
+    exporter = registry.make("exporters", to, force=force)
+    if name.endswith(".json"):
+        plan, source = BitPlan.load(name), model
+    else:
+        study = open_study(name, storage)
+        try:
+            plan, source = study.plan(*(budget or [])), model or study.spec.model
+        finally:
+            study.store.close()
+    loaded = None
+    if to == "native" and weights and source:
+        from mpsearch.bundled import resolve_model
+        from mpsearch.model.model import load_model
+
+        loaded = load_model(resolve_model(source, Path.cwd()))
+        if loaded.digest != plan.model.get("digest"):
+            raise InputError(
+                "E302", f"the plan is for another model than '{source}'", advice="give the model's folder: --model"
+            )
+    for path in exporter.write(plan, out, loaded):
+        sys.stdout.write(f"{path}\n")
+
+
+def layers(
+    model: Annotated[str, typer.Argument(help="A model folder, or bundled:tiny-llama.")],
+    as_json: Json = False,
+) -> None:
+    """List what can be decided in a model, and what is left out and why.
+
+    mpsearch layers bundled:tiny-llama
+    """
+    from mpsearch import api
+    from mpsearch.bundled import resolve_model
+    from mpsearch.cli.show import console, excluded_table, layers_table
+
+    found = api.layers(resolve_model(model, Path.cwd()))
+    if as_json:
+        sys.stdout.write(json.dumps(found.to_json(), indent=1) + "\n")
+        return
+    out = console()
+    out.print(layers_table(found))
+    out.print()
+    out.print(excluded_table(found))
