@@ -62,7 +62,8 @@ class Scoring:
         report(total - len(tasks), total)
         started = time.perf_counter()
         for done, (i, table) in enumerate(compute(tasks), start=1):
-            store.put("score_unit", self.scope, {"unit": table.unit})
+            if done == 1:
+                store.put("score_unit", self.scope, {"unit": table.unit})
             seconds = (time.perf_counter() - started) / done
             store.put_cells(self.scope, list(_rows_of(table, tasks[i].batch, seconds)))
             report(total - len(tasks) + done, total)

@@ -108,9 +108,9 @@ class Study:
 
     def _run(self, planner: Planner, survey: Survey, executor: Executor) -> None:
         self.notices += [*survey.notices, *layer_notices(survey.layers)]
-        for table in planner.costs:
+        for position, table in enumerate(planner.costs):
             self.store.put("cost", table.key, table.to_json())
-            self.store.link(self.name, "cost", table.key, label=table.resource)
+            self.store.link(self.name, "cost", table.key, table.resource, position)
         everything = planner.holds_all(self.budgets)
         if everything is not None:
             self.notices.append(everything)
@@ -236,7 +236,7 @@ class Study:
 
     @property
     def costs(self) -> list[CostTable]:
-        """The stored cost tables."""
+        """The stored cost tables, weights first."""
         return [CostTable.from_json(body) for _, body in self._linked("cost")]
 
     @property

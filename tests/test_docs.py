@@ -53,7 +53,8 @@ def test_the_shell_lines_of_the_readme_are_commands_with_these_options() -> None
     from mpsearch.cli.main import app
 
     commands = get_command(app).commands  # type: ignore[attr-defined]
-    lines = re.findall(r"^mpsearch (\w+)(.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    shell = "".join(re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
+    lines = re.findall(r"^mpsearch (\w+)(.*)$", shell, re.MULTILINE)
     assert len(lines) >= 6
     for name, rest in lines:
         options = {option for parameter in commands[name].params for option in parameter.opts}

@@ -154,6 +154,19 @@ def test_native_floats_are_plain_tensors(tmp_path: Path) -> None:
     assert torch.equal(stored["turned.weight"], model.module.turned.weight.detach().bfloat16())
 
 
+def test_native_stores_kept_tensors_that_are_views_of_one(tmp_path: Path) -> None:
+    model, plan = net_and_plan()
+    whole = torch.arange(12.0).reshape(3, 4)
+    model.module.register_buffer("left", whole[:, :2])
+    model.module.register_buffer("right", whole[:, 1:3])
+    kept = tuple(Excluded(name, (3, 2), "float32", "a table") for name in ("left", "right"))
+    plan = BitPlan(Layers(plan.layers.items, kept), plan.formats)
+    Native().write(plan, tmp_path, model)
+    _, weights = Native().read(tmp_path)
+    assert torch.equal(weights["left"], whole[:, :2])
+    assert torch.equal(weights["right"], whole[:, 1:3])
+
+
 def test_native_stores_the_numbers_of_a_plain_float_format_from_any_memory(tmp_path: Path) -> None:
     # Through the model's own bfloat16 the float16 numbers would be rounded twice.
     net = nn.Linear(4, 4, bias=False, dtype=torch.float64)
@@ -226,6 +239,9 @@ def test_native_refuses_broken_weights(change: Any, code: str, tmp_path: Path) -
     with pytest.raises(InputError) as caught:
         Native().read(tmp_path)
     assert caught.value.code == code
+    if code == "E404":
+        with pytest.raises(InputError, match=r"is cut|is not one of safetensors"):
+            payload_bytes(tmp_path / WEIGHTS)
 
 
 def test_native_refuses_a_broken_plan(tmp_path: Path) -> None:
@@ -253,6 +269,19 @@ def test_an_export_that_was_cut_short_is_told_and_can_be_replaced(tmp_path: Path
     model, plan = net_and_plan()
     Native(force=True).write(plan, tmp_path, model)
     assert Native().read(tmp_path)[0] == plan
+
+
+def test_a_replacement_that_was_cut_short_keeps_count_of_the_earlier_files(tmp_path: Path) -> None:
+    def crash(path: Path) -> None:
+        raise OSError("power")
+
+    model, plan = net_and_plan()
+    Native().write(plan, tmp_path, model)
+    with pytest.raises(OSError, match="power"):
+        write_folder(tmp_path, "native", {PLAN: crash}, True)
+    assert set(json.loads((tmp_path / MANIFEST).read_text())["files"]) == {PLAN, WEIGHTS}
+    Native(force=True).write(plan, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {PLAN, MANIFEST}
 
 
 def test_force_removes_what_it_no_longer_writes_unless_it_was_edited(tmp_path: Path) -> None:

@@ -150,6 +150,12 @@ ALL = "int4-g32, int5-g32, int8-g32, bf16, fp16, fp32"
             "int4-g32 has no place in GGUF: the layer is a conv of shape (4, 32, 3, 3); allowed nothing",
         ),
         (
+            "lm_head",
+            "int4-g32",
+            {"shape": (4, 32, 32)},
+            "int4-g32 has no place in GGUF: the layer is a linear of shape (4, 32, 32); allowed nothing",
+        ),
+        (
             "model.other",
             "bf16",
             {},
@@ -200,12 +206,15 @@ def test_a_tied_head_is_the_embedding(first: str, tmp_path: Path) -> None:
 def test_gpt2_rows_run_along_the_input_and_its_positions_stay(tmp_path: Path) -> None:
     formats = {"transformer.wte": "int8-g32", "transformer.wpe": "fp32", "transformer.h.0.attn.c_attn": "int4-g32"}
     turned = {"transformer.h.0.attn.c_attn": {"shape": (96, 200), "out_axis": 1}, "architecture": "GPT2LMHeadModel"}
-    lines = write_types(llama_plan(formats, **turned), tmp_path)
+    lines = write_types(llama_plan(formats, **turned), tmp_path / "decided")
     assert lines == [
         r"^token_embd\.weight$=q8_0",
         r"^position_embd\.weight$=f32",
         r"^blk\.0\.attn_qkv\.weight$=q4_0",
     ]
+    kept = [Excluded("transformer.wpe.weight", (64, 96), "bfloat16", "never called")]
+    rest = {name: fmt for name, fmt in formats.items() if not name.endswith("wpe")}
+    assert write_types(llama_plan(rest, kept, **turned), tmp_path / "kept") == [lines[0], lines[2]]
     small = llama_plan({**formats, "transformer.wpe": "int8-g32"}, **turned)
     assert LlamaCpp().refuses(small) == [
         "transformer.wpe: int8-g32 has no place: llama.cpp keeps 'position_embd.weight' in 32 bits; allowed fp32"

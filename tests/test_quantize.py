@@ -210,7 +210,9 @@ def test_convolutions_are_rows_of_flattened_weights(text: str) -> None:
 def test_transposed_linears_and_strides(text: str) -> None:
     fmt, weight = Format.parse(text), torch.randn(16, 24, generator=torch.Generator().manual_seed(3))
     expected = fake_quantize(weight, fmt)
-    assert torch.equal(fake_quantize(weight.T.contiguous(), fmt, out_axis=1), expected.T)
+    turned = fake_quantize(weight.T.contiguous(), fmt, out_axis=1)
+    assert turned.is_contiguous()
+    assert torch.equal(turned, expected.T)
     assert torch.equal(dequantize(quantize(weight.T.contiguous(), fmt, out_axis=1)), expected.T)
     padded = torch.zeros(32, 48)
     padded[::2, ::2] = weight

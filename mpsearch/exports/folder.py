@@ -64,7 +64,7 @@ def check_folder(folder: Path) -> None:
     """
     for name, digest in _read_manifest(folder).items():
         path = inside(folder, name)
-        if digest is None or not path.is_file() or _digest(path) != digest:
+        if not path.is_file() or _digest(path) != digest:
             raise InputError(
                 "E304",
                 f"'{path}': not the file that was exported: it was cut, edited or lost",

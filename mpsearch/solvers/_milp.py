@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import tempfile
 from dataclasses import dataclass
 from typing import Literal
 
@@ -161,15 +162,13 @@ def _highs(programme: pulp.LpProblem, seconds: float) -> tuple[Status, float, st
 
 
 def _cbc(programme: pulp.LpProblem, seconds: float) -> tuple[Status, float, str]:
-    status, bound, report = _ask_cbc(programme, seconds)
-    if status != "infeasible":
-        return status, bound, report
-    # CBC's preprocessing was seen to call problems infeasible that have a choice which meets a limit exactly. Without
-    # it CBC is right about those, and crashes on the ones that are infeasible.
+    # With its preprocessing, CBC was seen to call choices optimal that are not, and problems infeasible that are not,
+    # where the best choice meets a limit exactly. Without it, CBC is right, but crashes when nothing fits.
     try:
         return _ask_cbc(programme, seconds, "preprocess off")
     except pulp.PulpSolverError:
-        return status, bound, report
+        status, bound, report = _ask_cbc(programme, seconds)
+        return ("stopped", -math.inf, report) if status == "optimal" else (status, bound, report)
 
 
 def _ask_cbc(programme: pulp.LpProblem, seconds: float, *options: str) -> tuple[Status, float, str]:
@@ -178,7 +177,10 @@ def _ask_cbc(programme: pulp.LpProblem, seconds: float, *options: str) -> tuple[
     solver = pulp.COIN_CMD(
         path=_cbc_path(), msg=False, gapRel=0.0, gapAbs=0.0, threads=1, timeLimit=max(seconds, 0.01), options=settings
     )
-    programme.solve(solver)
+    # PuLP leaves its files behind when CBC crashes.
+    with tempfile.TemporaryDirectory() as folder:
+        solver.tmpDir = folder
+        programme.solve(solver)
     report = f"{pulp.LpStatus[programme.status]}, {pulp.LpSolution[programme.sol_status]}"
     # PuLP calls a time-out optimal in the one, and a proof that no whole numbers fit "not found" in the other.
     if programme.sol_status == pulp.LpSolutionOptimal:
