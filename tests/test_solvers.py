@@ -185,16 +185,18 @@ def test_a_choice_within_the_solvers_tolerance_but_over_the_budget_is_cut_off() 
     assert not problem.fits(np.array([1, 1]))
     solution = Ilp().solve(problem)
     assert (solution.status, solution.choice.tolist(), solution.loss) == ("optimal", [1, 0], 1.0)
+    assert solution.stats["cuts"] == 1
 
 
 def test_cuts_do_not_cut_off_the_optimum() -> None:
     cuts = 0
     for seed in range(60):
         rng = np.random.default_rng(seed)
-        # Large costs that differ in their last bits, under a limit that is met to the last bit.
-        cost = rng.integers(1, 5, (1, 5, 3)) + rng.integers(0, 8, (1, 5, 3)) * 2.0**-58
-        exact = rng.integers(0, 3, 5)
-        limit = math.fsum(cost[0][np.arange(5), exact].tolist())
+        # Costs beside which others vanish in floats, under a limit of whole numbers.
+        cost = np.where(
+            rng.random((1, 5, 3)) < 0.5, rng.integers(1, 5, (1, 5, 3)), rng.integers(0, 3, (1, 5, 3)) * 2.0**-58
+        )
+        limit = float(rng.integers(3, 9))
         solution = check_exact(Problem(rng.integers(0, 9, (5, 3)).astype(float), cost, np.array([limit])), Ilp(), seed)
         cuts += solution.stats.get("cuts", 0)
     assert cuts
