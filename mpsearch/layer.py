@@ -12,7 +12,16 @@ from mpsearch.errors import InputError, did_you_mean
 from mpsearch.keys import content_key
 
 #: Bits of one stored number.
-DTYPE_BITS: Mapping[str, int] = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16}
+DTYPE_BITS: Mapping[str, int] = {
+    "float64": 64, "float32": 32, "float16": 16, "bfloat16": 16,
+    "int64": 64, "int32": 32, "int16": 16, "int8": 8, "uint8": 8, "bool": 8,
+}  # fmt: skip
+
+
+def _known_dtype(name: str) -> str:
+    if name not in DTYPE_BITS:
+        raise ValueError(f"number type {name!r} is not one of {', '.join(DTYPE_BITS)}")
+    return name
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +96,7 @@ class Layer:
             kind=str(data["kind"]),
             shape=tuple(int(n) for n in data["shape"]),
             out_axis=int(data["out_axis"]),
-            dtype=str(data["dtype"]),
+            dtype=_known_dtype(data["dtype"]),
             macs=int(data["macs"]),
             tie=str(data["tie"]),
             shared=tuple(str(name) for name in data["shared"]),
@@ -124,7 +133,7 @@ class Excluded:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Excluded:
         shape = tuple(int(n) for n in data["shape"])
-        return cls(str(data["name"]), shape, str(data["dtype"]), str(data["reason"]))
+        return cls(str(data["name"]), shape, _known_dtype(data["dtype"]), str(data["reason"]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -367,3 +367,18 @@ class TestText:
                 batch_size=2,
                 vocabulary=50,
             )
+
+
+def test_what_is_stored_but_not_trained_is_counted(tmp_path: Path) -> None:
+    from mpsearch import registry
+    from mpsearch.exports.native import payload_bytes
+    from mpsearch.plan import BitPlan
+
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    model = mp.wrap(module, logits=lambda m, x: m(x).flatten(1))
+    layers = mp.layers(model, torch.zeros(1, 3, 5, 5))
+    buffers = {kept.name: kept.stored_bytes for kept in layers.excluded if kept.reason == "buffer"}
+    assert buffers == {"1.running_mean": 32, "1.running_var": 32, "1.num_batches_tracked": 8}
+    plan = BitPlan(layers, {"0": Format.parse("int4-channel")}, {"digest": model.digest})
+    registry.make("exporters", "native").write(plan, tmp_path / "out", model)
+    assert payload_bytes(tmp_path / "out" / "weights.safetensors") == plan.bytes

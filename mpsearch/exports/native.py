@@ -20,7 +20,7 @@ from mpsearch.files import write_file
 from mpsearch.format import Format
 from mpsearch.layer import Excluded, Layer
 from mpsearch.model.packing import pack, unpack
-from mpsearch.model.quantize import TORCH_DTYPES, dequantize, quantize
+from mpsearch.model.quantize import dequantize, quantize
 from mpsearch.plan import BitPlan
 
 PLAN = "plan.json"
@@ -206,7 +206,7 @@ def _find(module: nn.Module, name: str, shape: tuple[int, ...]) -> Tensor:
 
 def _kept(tensor: Tensor, kept: Excluded) -> Tensor:
     """Return a tensor in its stored type, refusing one that this would change."""
-    stored = tensor.to(TORCH_DTYPES[kept.dtype], copy=True).contiguous()
+    stored = tensor.to(getattr(torch, kept.dtype), copy=True).contiguous()
     if not bool(((stored.to(tensor.dtype) == tensor) | tensor.isnan()).all()):
         raise InputError(
             "E302",

@@ -73,6 +73,10 @@ def find_layers(model: Model, batch: Batch | None = None, ties: Ties = "auto") -
             use = used.get(path, _Use())
             out_axis = 1 if _is_transposed(module) else 0
             layers[id(parameter)] = Layer(path, _kind(module), tuple(parameter.shape), out_axis, dtype, use.macs)
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                full = f"{path}.{name}" if path else name
+                excluded.append(Excluded(full, tuple(buffer.shape), model.stored[full], "buffer"))
     if not layers:
         kinds = sorted(
             {type(m).__name__ for m in model.module.modules() if next(m.parameters(recurse=False), None) is not None}

@@ -28,7 +28,7 @@ class Model:
         module: the module; its weights are never left changed.
         name: what the user called it.
         digest: content digest of the weights and the configuration.
-        stored: parameter name -> number type it is stored in.
+        stored: parameter or buffer name -> number type it is stored in.
         architecture: class name of a Hugging Face model, else the module's class name.
         tokens: true when a batch holds ``input_ids`` and the model predicts the next token.
         vocabulary: number of tokens the model knows; 0 when it does not read tokens.
@@ -126,9 +126,10 @@ def _stored_types(module: nn.Module) -> dict[str, str]:
     stored = {}
     for name, parameter in module.named_parameters():
         dtype = str(parameter.dtype).removeprefix("torch.")
-        if dtype not in DTYPE_BITS:
+        if not parameter.dtype.is_floating_point or dtype not in DTYPE_BITS:
             raise InputError("E411", f"'{name}' holds {dtype} weights", advice="start from the 16- or 32-bit weights")
         stored[name] = dtype
+    stored |= {name: str(buffer.dtype).removeprefix("torch.") for name, buffer in module.named_buffers()}
     return stored
 
 
