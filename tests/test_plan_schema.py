@@ -76,7 +76,7 @@ def test_plans_keep_the_schema(plan: BitPlan, tmp_path: Path) -> None:
         (("tensors", 0, "shape"), [0, 4]),
         (("tensors", 0, "stored_dtype"), "int8"),
         (("tensors", 0, "extra"), ""),
-        (("kept", 0, "dtype"), "int64"),
+        (("kept", 0, "dtype"), "complex64"),
         (("predicted", "loss"), "low"),
         (("predicted", "cost"), {"weights": "1 GiB"}),
         (("predicted", "bytes"), None),
