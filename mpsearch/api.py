@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mpsearch.model.model import Model
 
 #: Above this many cells ``solver="auto"`` takes the greedy solver instead of the integer programme.
-_EXACT_CELLS = 40_000
+_EXACT_CELLS = 400_000
 
 
 def wrap(module: Any, *, loss: Any = None, logits: Any = None, name: str = "") -> Model:
@@ -64,7 +64,7 @@ def layers(model: Any, batch: Any = None, ties: Any = "auto") -> Layers:
     from mpsearch.model.find import find_layers
     from mpsearch.model.model import as_model
 
-    return find_layers(as_model(model), batch, ties)
+    return find_layers(as_model(model), () if batch is None else [batch], ties)
 
 
 def batches(model: Any, text: str, *, tokens: int = 8192, length: int = 256, batch_size: int = 2) -> Any:
@@ -125,7 +125,7 @@ def score(
     if not batches and estimator != "weight_mse":
         raise InputError("E501", "there are no calibration batches")
     with one_thread():
-        what = layers if layers is not None else find_layers(found, batches[0] if batches else None)
+        what = layers if layers is not None else find_layers(found, batches or ())
         table: SensitivityTable = chosen.score(found, batches, what, parse_formats(formats))
     return table
 
@@ -156,7 +156,7 @@ def solve(loss: Any, cost: Any, limit: Any, solver: str = "auto", **settings: An
         loss: (N, F) loss of each row in each format; NaN or inf where a format is not offered.
         cost: (R, N, F) cost of R resources, or (N, F) of one.
         limit: (R,) or one number: the most each resource may total.
-        solver: ``auto`` takes ``ilp`` up to 40,000 cells and ``greedy`` above.
+        solver: ``auto`` takes ``ilp`` up to 400,000 cells and ``greedy`` above.
         settings: of the solver.
 
     Returns:
@@ -196,7 +196,7 @@ def measure(model: Any, plan: BitPlan | Mapping[str, str], data: Sequence[Any], 
     found = as_model(model)
     with one_thread():
         if not isinstance(plan, BitPlan):
-            what = find_layers(found, data[0])
+            what = find_layers(found, data)
             wrong = sorted(set(plan) ^ {layer.name for layer in what})
             if wrong:
                 raise InputError("E302", f"the plan names other layers than the model has: {', '.join(wrong[:5])}")
@@ -264,8 +264,8 @@ def search(
 def _study_of_module(
     model: Any, calibration: Sequence[Any], validation: Sequence[Any] | None, budget: Any, settings: dict[str, Any]
 ) -> Study:
-    from mpsearch.evaluate.kl import batches_digest
     from mpsearch.evaluate.workbench import Workbench
+    from mpsearch.model.digest import digest_of
     from mpsearch.model.find import find_layers
     from mpsearch.model.model import as_model
 
@@ -280,15 +280,12 @@ def _study_of_module(
             )
         cut = len(calibration) * 3 // 4
         calibration, validation = calibration[:cut], calibration[cut:]
-    bench = Workbench(
-        found, calibration, list(validation), find_layers(found, calibration[0], settings.pop("ties", "auto"))
-    )
     settings.setdefault("name", found.name)
-    budgets = (budget,) if isinstance(budget, str) else tuple(budget)
-    spec = StudySpec(model=found.name, calibration="given", budgets=budgets, **settings)
+    spec = StudySpec.of_values(model=found.name, calibration="given", budgets=budget, **settings)
+    bench = Workbench(found, calibration, list(validation), find_layers(found, calibration, spec.ties))
     identity = {
         "model": found.digest,
-        "calibration": batches_digest(bench.calibration),
-        "validation": batches_digest(bench.validation),
+        "calibration": digest_of(calibration),
+        "validation": digest_of(list(validation)),
     }
     return Study(spec, registry.make("stores", "sql", url=spec.storage), work=bench.run, identity=identity)

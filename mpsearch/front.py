@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
@@ -18,7 +19,12 @@ class Metric:
     unit: str
 
     def to_json(self) -> dict[str, Any]:
-        return {"value": self.value, "spread": self.spread, "unit": self.unit}
+        return {"value": self.value, "spread": self.spread if math.isfinite(self.spread) else None, "unit": self.unit}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Metric:
+        spread = data["spread"]
+        return cls(float(data["value"]), math.nan if spread is None else float(spread), str(data["unit"]))
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Measurement:
         machine: where it ran.
         data: key of the data it ran on, and how much of it.
         seconds: how long it took.
+        samples: loss of each sequence; two plans on the same data are compared sequence by sequence.
     """
 
     plan: str
@@ -48,19 +55,21 @@ class Measurement:
     machine: str = ""
     data: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    samples: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
             "plan": self.plan,
             "label": self.label,
             "loss": self.loss,
-            "spread": self.spread,
+            "spread": self.spread if math.isfinite(self.spread) else None,
             "unit": self.unit,
             "cost": dict(self.cost),
             "metrics": {name: metric.to_json() for name, metric in self.metrics.items()},
             "machine": self.machine,
             "data": dict(self.data),
             "seconds": self.seconds,
+            "samples": list(self.samples),
         }
 
     @classmethod
@@ -69,13 +78,14 @@ class Measurement:
             plan=str(data["plan"]),
             label=str(data["label"]),
             loss=float(data["loss"]),
-            spread=float(data["spread"]),
+            spread=math.nan if data["spread"] is None else float(data["spread"]),
             unit=str(data["unit"]),
             cost=dict(data["cost"]),
-            metrics={name: Metric(**metric) for name, metric in data["metrics"].items()},
+            metrics={name: Metric.from_json(metric) for name, metric in data["metrics"].items()},
             machine=str(data["machine"]),
             data=dict(data["data"]),
             seconds=float(data["seconds"]),
+            samples=tuple(data.get("samples", ())),
         )
 
 

@@ -47,7 +47,7 @@ def score_notices(scores: SensitivityTable) -> list[Notice]:
         notices.append(
             Notice(
                 "W516",
-                f"{len(negative)} decisions have scores below zero ({negative[0]}, …); the solver takes them as zero",
+                f"{len(negative)} decisions have scores below zero ({negative[0]}, …); their error is taken instead",
             )
         )
     return notices

@@ -25,7 +25,7 @@ class Predicted:
 
     Attributes:
         loss: predicted loss increase, in ``unit``.
-        spread: its standard error.
+        spread: upper limit of its standard error: the sum of those of the layers, which are not independent.
         unit: such as ``nats/token``.
         bound: no plan within the budgets is predicted to lose less; ``None`` for a plan that was not solved for.
         gap: relative distance between ``loss`` and ``bound``.
@@ -231,17 +231,19 @@ class BitPlan:
 
     @classmethod
     def uniform(cls, layers: Layers, fmt: Format, fallback: Sequence[Format], model: Mapping[str, str]) -> BitPlan:
-        """Make the plan that gives every layer one format, or the first fallback it can take.
+        """Make the plan that gives every decision one format, or the first fallback that all its layers can take.
 
         Raises:
             InputError: a layer can take none of them (E130).
         """
-        formats = {}
-        for layer in layers:
-            taken = next((f for f in (fmt, *fallback) if not f.refuses(layer)), None)
+        formats: dict[str, Format] = {}
+        for decision in layers.decisions:
+            options = (f for f in (fmt, *fallback) if not any(f.refuses(layer) for layer in decision.layers))
+            taken = next(options, None)
             if taken is None:
+                layer = next(x for x in decision.layers if fmt.refuses(x))
                 raise InputError("E130", f"layer '{layer.name}': {fmt.refuses(layer)}")
-            formats[layer.name] = taken
+            formats |= {layer.name: taken for layer in decision.layers}
         return cls(layers, formats, model, source={"uniform": str(fmt)})
 
     def __hash__(self) -> int:

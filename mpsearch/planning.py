@@ -116,12 +116,13 @@ class Planner:
     def holds_all(self, budgets: Sequence[Budget]) -> Notice | None:
         """Say so when the budget of weights holds the whole model at 16 bits, so that nothing is to be searched."""
         weights = self.costs[0]
-        if self.spec.pins or any(b.resource != "weights" or b.limit(weights) < weights.reference for b in budgets):
+        needed = max(weights.reference, self.at_16_bits().bytes)
+        if self.spec.pins or any(b.resource != "weights" or b.limit(weights) < needed for b in budgets):
             return None
         return Notice(
             "W112",
             f"budget {' and '.join(map(str, budgets))} is more than the model needs at 16 bits "
-            f"({weights.reference / 2**20:.2f} MiB): nothing to search, every layer stays at 16 bits",
+            f"({needed / 2**20:.2f} MiB): nothing to search, every layer stays at 16 bits",
         )
 
     def at_16_bits(self) -> BitPlan:
@@ -133,11 +134,12 @@ class Planner:
         """Solve for the least predicted loss within budgets.
 
         Raises:
-            InfeasibleError: proven that nothing fits (E201).
-            InputError: the solver cannot take the problem, or found nothing in its time (E210).
+            InfeasibleError: proven that nothing fits (E201, E203).
+            InputError: a decision has no score (E211); the solver cannot take the problem, or found nothing in its
+                time (E210).
         """
         self.check(budgets)
-        problem = Problem.of(offered_only(scores, self.mask), self.costs, budgets)
+        problem = self._problem(scores, budgets)
         solver = registry.make("solvers", self.spec.solver, **self.spec.solver_settings)
         refusal = solver.refuses(problem)
         if refusal:
@@ -156,6 +158,22 @@ class Planner:
             )
         return problem, solution
 
+    def _problem(self, scores: SensitivityTable, budgets: Sequence[Budget]) -> Problem:
+        value = usable(scores).value + self.mask
+        for i, name in enumerate(scores.layers):
+            if name in self.pins:
+                # There is nothing to choose, so a missing score does not matter.
+                value[i] = np.where(np.isnan(self.mask[i]), np.nan, np.nan_to_num(value[i]))
+        without = [name for name, row in zip(scores.layers, value, strict=True) if np.isnan(row).all()]
+        if without:
+            raise InputError(
+                "E211",
+                f"{len(without)} decisions have no usable score in any format, first '{without[0]}'",
+                advice=f"more calibration text, another estimator, or a pin: --pin '{without[0]}=int8-channel'",
+            )
+        check_budgets(budgets, self.costs, np.where(np.isnan(value), np.nan, 0.0), self.pins)
+        return Problem.of(replace(scores, value=value, status=()), self.costs, budgets)
+
     def mixed(self, scores: SensitivityTable, budgets: Sequence[Budget]) -> BitPlan:
         """The plan of least predicted loss within budgets (see `solve`)."""
         _, solution = self.solve(scores, budgets)
@@ -164,19 +182,19 @@ class Planner:
             "estimator": {"name": self.spec.estimator, **self.spec.estimator_settings},
             "solver": {"name": solution.solver, **self.spec.solver_settings},
             "status": solution.status,
-            "prices": {
-                f"{scores.unit} per {self.costs[0].unit if b.resource == 'weights' else b.resource}": price
+            "prices": [
+                {"budget": str(b), "price": price, "unit": f"{scores.unit} per unit of {b.resource}"}
                 for b, price in zip(budgets, solution.prices, strict=True)
                 if math.isfinite(price)
-            },
+            ],
             "scores": scores.source.get("scope", ""),
         }
         plan = self._from_choice(solution.choice, source)
-        rows = np.arange(len(solution.choice))
-        spread = scores.spread[rows, solution.choice]
+        if any(b.resource == "weights" and plan.bytes > b.limit(self.costs[0]) for b in budgets):
+            raise AssertionError(f"the plan takes {plan.bytes} bytes, more than {' and '.join(map(str, budgets))}")
         predicted = Predicted(
             solution.loss,
-            math.sqrt(math.fsum(x * x for x in spread)) if np.isfinite(spread).all() else None,
+            _total_spread(scores.spread[np.arange(len(solution.choice)), solution.choice]),
             scores.unit,
             solution.bound if math.isfinite(solution.bound) else None,
             solution.gap if math.isfinite(solution.gap) else None,
@@ -188,12 +206,12 @@ class Planner:
         """Add the predicted loss to a plan that was not solved for."""
         columns = {name: j for j, name in enumerate(scores.formats)}
         choice = [columns.get(str(plan.formats[row.layers[0].name]), -1) for row in self.layers.decisions]
-        cells = [(scores.value[i, j], scores.spread[i, j]) for i, j in enumerate(choice) if j >= 0]
-        if len(cells) < len(choice) or not all(math.isfinite(value) for value, _ in cells):
+        cells = [(i, j) for i, j in enumerate(choice) if j >= 0]
+        values = [float(usable(scores).value[cell]) for cell in cells]
+        if len(cells) < len(choice) or not all(map(math.isfinite, values)):
             return plan
-        spread = math.sqrt(math.fsum(s * s for _, s in cells)) if all(math.isfinite(s) for _, s in cells) else None
-        predicted = Predicted(math.fsum(v for v, _ in cells), spread, scores.unit, cost=plan.cost)
-        return replace(plan, predicted=predicted)
+        spread = _total_spread(np.array([scores.spread[cell] for cell in cells]))
+        return replace(plan, predicted=Predicted(math.fsum(values), spread, scores.unit, cost=plan.cost))
 
     def uniform(self) -> Iterator[Labelled]:
         """One plan per format of the menu; a layer that cannot take it gets the next larger format that it can."""
@@ -218,7 +236,7 @@ class Planner:
 
     def random(self, scores: SensitivityTable, budgets: Sequence[Budget], count: int) -> Iterator[Labelled]:
         """Random plans that fill the budgets, for comparison."""
-        problem = Problem.of(offered_only(scores, self.mask), self.costs, budgets)
+        problem = self._problem(scores, budgets)
         for k in range(count):
             solution = registry.make("solvers", "random", seed=self.spec.seed + k).solve(problem)
             if solution.status == "feasible":
@@ -241,11 +259,21 @@ class Planner:
         return replace(plan, predicted=Predicted(cost=cost))
 
 
-def offered_only(scores: SensitivityTable, mask: Array) -> SensitivityTable:
-    """Leave out what is not offered, and take losses below zero as zero.
+def _total_spread(spread: Array) -> float | None:
+    """Upper limit of the standard error of a sum: the sum of the errors.
 
-    A divergence cannot be negative; an estimate can, within its noise. A negative loss would draw bits away from
-    a layer for no reason, so the solver sees zero; the table itself keeps what was estimated.
+    Every layer is scored on the same sequences, so the errors are not independent, and their root of squares would
+    be too small.
     """
-    value = np.where(np.isnan(mask), np.nan, np.maximum(scores.value, 0.0))
-    return SensitivityTable(scores.layers, scores.formats, value, scores.spread, scores.unit, source=scores.source)
+    return math.fsum(spread) if np.isfinite(spread).all() else None
+
+
+def usable(scores: SensitivityTable) -> SensitivityTable:
+    """Take the standard error of an estimate below zero in its place.
+
+    A divergence cannot be negative; an estimate can, within its noise. Taken as it is, or as zero, it would draw bits
+    away from a layer for no reason: all that is known is that the loss is within the noise. (Where the error is not
+    known, the size of the estimate stands for it.) The table that is stored keeps what was estimated.
+    """
+    doubt = np.where(np.isfinite(scores.spread), scores.spread, np.abs(scores.value))
+    return replace(scores, value=np.where(scores.value < 0, doubt, scores.value))

@@ -26,10 +26,11 @@ class Estimator(Protocol):
 
     A frozen dataclass of its settings. ``by`` says how its work divides without changing the answer:
     ``cell`` (each decision and format on its own) or ``batch`` (tables of single batches, averaged by
-    `SensitivityTable.mean`).
+    `SensitivityTable.mean`). ``version`` is raised with every change of the numbers: it is part of their key.
     """
 
     by: Literal["cell", "batch"]
+    version: int
 
     def refuses(self, model: Model) -> str:
         """Say why this model cannot be scored; empty when it can."""
@@ -63,7 +64,9 @@ class Solver(Protocol):
 
 
 class Evaluator(Protocol):
-    """Runs a plan for real."""
+    """Runs a plan for real. ``version`` is raised with every change of the numbers: it is part of their key."""
+
+    version: int
 
     def measure(self, model: Model, plan: BitPlan, batches: Batches, label: str = "") -> Measurement:
         """Measure a plan's loss; the weights are left bit for bit as they were."""

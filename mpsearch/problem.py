@@ -126,15 +126,16 @@ class Problem:
 
     def fits(self, choice: NDArray[np.int64]) -> bool:
         """Say whether a choice is offered everywhere and keeps every budget, in exact arithmetic."""
-        if len(choice) != len(self.loss):
+        rows = np.arange(len(self.loss))
+        choice = np.asarray(choice)
+        if choice.shape != rows.shape or ((choice < 0) | (choice >= self.loss.shape[1])).any():
             return False
-        # Taken once: the property walks over all cells.
-        offered = self.offered
-        if not all(offered[i, f] for i, f in enumerate(choice)):
+        if not np.isfinite(self.loss[rows, choice]).all():
             return False
+        # fsum rounds the exact sum once, so its sign is that of the exact difference.
         return all(
-            math.isinf(limit) or total <= Fraction(float(limit))
-            for total, limit in zip(self.totals(choice), self.limit, strict=True)
+            limit == math.inf or (limit > -math.inf and math.fsum([*table[rows, choice], -limit]) <= 0)
+            for table, limit in zip(self.cost, self.limit.tolist(), strict=True)
         )
 
     def total_loss(self, choice: NDArray[np.int64]) -> float:

@@ -85,6 +85,8 @@ class StudySpec:
             _whole(name, getattr(self, name), 0)
         if self.length < 2:
             raise InputError("E113", "length: got 1; a sequence needs at least 2 tokens")
+        if isinstance(self.ties, str) and self.ties not in ("auto", "none"):
+            raise InputError("E113", f"'ties': got '{self.ties}'; give auto, none, or lists of layer names")
         parse_formats(self.formats)
         parse_budgets(self.budgets)
         for pattern, fmt in self.pins.items():
@@ -104,15 +106,34 @@ class StudySpec:
         Raises:
             InputError: unknown or missing fields, or values that make no sense (E103, E106, E107, E111, E113).
         """
+        for name in ("model", "calibration"):
+            if not isinstance(values.get(name, ""), str):
+                raise InputError("E113", f"'{name}' must be str, got {values[name]!r}")
+        unknown = [name for name in values if name not in {f.name for f in fields(cls)}]
+        missing = [name for name in ("model", "calibration") if not values.get(name)]
+        if missing and not unknown:
+            raise InputError("E106", f"'{missing[0]}' is missing", advice=f"set {missing[0]}")
+        found = dict(values)
+        if unknown:
+            return cls.of_values(**found)
+        here = base or Path.cwd()
+        found["model"] = resolve_model(str(found["model"]), here)
+        for name in ("calibration", "validation"):
+            text = found.get(name, "")
+            if isinstance(text, str) and text and not text.startswith(LIBRARY):
+                found[name] = str((here / Path(text).expanduser()).resolve())
+        spec = cls.of_values(**found)
+        return spec if spec.name else replace(spec, name=Path(spec.model).name)
+
+    @classmethod
+    def of_values(cls, **values: Any) -> StudySpec:
+        """Make a spec from keyword arguments as `of` does, with model and texts taken as they are."""
         known = [f.name for f in fields(cls)]
         for name in values:
             if name not in known:
                 raise InputError(
                     "E103", f"unknown key '{name}'{did_you_mean(name, known)}", because=f"keys: {', '.join(known)}"
                 )
-        for name in ("model", "calibration"):
-            if not values.get(name):
-                raise InputError("E106", f"'{name}' is missing", advice=f"set {name}")
         found = dict(values)
         for name in ("estimator", "solver"):
             if isinstance(found.get(name), Mapping):
@@ -121,19 +142,13 @@ class StudySpec:
                 found[f"{name}_settings"] = settings
         for name in ("formats", "budgets"):
             if name in found:
-                value = found[name]
-                found[name] = (value,) if isinstance(value, str) else tuple(value)
+                found[name] = _texts(name, found[name])
         if not isinstance(found.get("ties", "auto"), str):
-            found["ties"] = tuple(tuple(group) for group in found["ties"])
+            if not isinstance(found["ties"], (list, tuple)):
+                raise InputError("E113", f"'ties' must be auto, none or lists of names, got {found['ties']!r}")
+            found["ties"] = tuple(_texts("ties", group) for group in found["ties"])
         _check_types(found)
-        here = base or Path.cwd()
-        found["model"] = resolve_model(str(found["model"]), here)
-        for name in ("calibration", "validation"):
-            text = found.get(name, "")
-            if text and not text.startswith(LIBRARY):
-                found[name] = str((here / Path(text).expanduser()).resolve())
-        spec = cls(**found)
-        return spec if spec.name else replace(spec, name=Path(spec.model).name)
+        return cls(**found)
 
     @classmethod
     def load(cls, path: str | Path, **overrides: Any) -> StudySpec:
@@ -216,8 +231,16 @@ def _check_types(values: Mapping[str, Any]) -> None:
             raise InputError("E113", f"'{f.name}' must be {kind}, got {value!r}")
         if kind.startswith("Mapping") and not isinstance(value, Mapping):
             raise InputError("E113", f"'{f.name}' must be a table of names and values, got {value!r}")
-        if kind == "tuple[str, ...]" and not all(isinstance(x, str) for x in value):
-            raise InputError("E113", f"'{f.name}' must be a list of texts, got {list(value)!r}")
+        if f.name == "pins" and not all(isinstance(x, str) for x in value.values()):
+            raise InputError("E113", f"'pins' must give each layer a format as text, got {dict(value)!r}")
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, (list, tuple)) or not all(isinstance(x, str) for x in value):
+        raise InputError("E113", f"'{name}' must be a text or a list of texts, got {value!r}")
+    return tuple(value)
 
 
 def _whole(name: str, value: int, least: int) -> None:

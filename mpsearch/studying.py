@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +22,7 @@ from mpsearch.ports import Executor, Store
 from mpsearch.scoring import Scoring
 from mpsearch.spec import StudySpec
 from mpsearch.tables import CostTable, SensitivityTable
-from mpsearch.tasks import MeasureTask, Survey, SurveyTask
+from mpsearch.tasks import Failed, MeasureTask, Survey, SurveyTask
 
 Report = Callable[[str, int, int], None]
 EVALUATOR = "kl"
@@ -85,8 +86,12 @@ class Study:
             MpsearchError: the model, the data or the formats cannot be used.
         """
         self.notices, self.computed = [], 0
+        registry.make("solvers", self.spec.solver, **self.spec.solver_settings)
+        registry.make("estimators", self.spec.estimator, **self.spec.estimator_settings)
+        self._check_texts()
         if any(row.name == self.name for row in self.store.studies()):
             self.store.create_study(self.name, self.spec.question())
+            self._check_origin()
         with registry.make("executors", "local", workers=1 if self._work else self.spec.workers) as executor:
             key, survey = self._find(executor)
             planner = Planner(self.spec, survey.layers, self._model_entry(survey))
@@ -94,11 +99,13 @@ class Study:
             # A question that cannot be answered takes no name: it can be put right and asked again.
             self.store.create_study(self.name, self.spec.question())
             self.store.link(self.name, "survey", key)
+            origin = self._origin()
+            self.store.put("origin", content_key(origin), origin)
+            self.store.link(self.name, "origin", content_key(origin))
             self.store.set_state(self.name, "running")
             state = "failed"
             try:
-                self._run(planner, survey, executor)
-                state = "complete"
+                state = "complete" if self._run(planner, survey, executor) else "gaps"
             except KeyboardInterrupt:
                 state = "paused"
                 raise
@@ -106,7 +113,41 @@ class Study:
                 self.store.set_state(self.name, state)
         return self.front
 
-    def _run(self, planner: Planner, survey: Survey, executor: Executor) -> None:
+    def _check_texts(self) -> None:
+        if self.identity["calibration"] == self.identity["validation"]:
+            raise InputError(
+                "E505",
+                "calibration and validation are the same text: a plan would be judged by what it was made from",
+                advice="give another validation text, or none: a quarter of the calibration text is then held out",
+            )
+
+    def _origin(self) -> dict[str, Any]:
+        """All that must stay the same for numbers of one study to be comparable."""
+        return {**self.identity, **fingerprint()}
+
+    def _check_origin(self) -> None:
+        """Refuse to mix numbers of another model, text, machine or version into a study.
+
+        Raises:
+            InputError: E142, naming what changed.
+        """
+        now = self._origin()
+        for _, then in self._linked("origin"):
+            changed = [
+                f"{name} was {str(then.get(name))[:40]}, is {str(now.get(name))[:40]}"
+                for name in now
+                if then.get(name) != now.get(name)
+            ]
+            if changed:
+                raise InputError(
+                    "E142",
+                    f"study '{self.name}' was computed under other conditions; mixed numbers are not comparable",
+                    because="; ".join(changed),
+                    advice="go back to what it was, or start another study: --name",
+                )
+
+    def _run(self, planner: Planner, survey: Survey, executor: Executor) -> bool:
+        """Score, solve, measure; say whether every plan could be measured."""
         self.notices += [*survey.notices, *layer_notices(survey.layers)]
         for position, table in enumerate(planner.costs):
             self.store.put("cost", table.key, table.to_json())
@@ -114,15 +155,14 @@ class Study:
         everything = planner.holds_all(self.budgets)
         if everything is not None:
             self.notices.append(everything)
-            self._measure([Labelled("mixed", planner.at_16_bits())], executor)
-            return
+            return self._measure([Labelled("mixed", planner.at_16_bits())], executor)
         scores = self._score(planner, survey, executor)
         self.notices += score_notices(scores)
         chosen = Labelled("mixed", planner.mixed(scores, self.budgets))
         plans = [chosen, *planner.sweep(scores, self.budgets, self.spec.points)]
         plans += [Labelled(x.label, planner.predict(scores, x.plan)) for x in planner.uniform()]
         plans += planner.random(scores, self.budgets, self.spec.random)
-        self._measure(plans, executor)
+        return self._measure(plans, executor)
 
     def _find(self, executor: Executor) -> tuple[str, Survey]:
         """Return what is in the model and the text, and its key."""
@@ -149,7 +189,7 @@ class Study:
                 "model": self.identity["model"],
                 "calibration": self.identity["calibration"],
                 "cut": [self.spec.tokens, self.spec.length, self.spec.batch_size],
-                "estimator": [self.spec.estimator, settings],
+                "estimator": [self.spec.estimator, settings, registry.load("estimators", self.spec.estimator).version],
                 "layers": survey.layers.key,
                 "formats": [str(fmt) for fmt in planner.formats],
                 "fingerprint": fingerprint(),
@@ -166,8 +206,12 @@ class Study:
         self.store.link(self.name, "scores", scope)
         return scores
 
-    def _measure(self, plans: Sequence[Labelled], executor: Executor) -> None:
-        """Measure plans that were not measured before, and note which belong to this study and in what order."""
+    def _measure(self, plans: Sequence[Labelled], executor: Executor) -> bool:
+        """Measure plans that were not measured before, and note which belong to this study and in what order.
+
+        Returns:
+            Whether all could be measured; each one that could not leaves a notice.
+        """
         tasks: dict[str, MeasureTask] = {}
         for position, item in enumerate(plans):
             self.store.put("plan", item.plan.key, item.plan.to_json())
@@ -175,24 +219,35 @@ class Study:
             key = self._measurement_key(item.plan)
             if key not in tasks and self.store.get("measurement", key) is None:
                 tasks[key] = MeasureTask(EVALUATOR, item.plan.to_json())
-        keys = list(tasks)
+        keys, failed = list(tasks), set[str]()
         self._report("measure", 0, len(keys))
         for done, (i, found) in enumerate(self._compute(executor, list(tasks.values())), start=1):
+            self._report("measure", done, len(keys))
+            if isinstance(found, Failed):
+                self.notices.append(Notice("W511", found.message))
+                failed.add(keys[i])
+                continue
             body = found.to_json()
             volatile = {"seconds": body.pop("seconds")}
             self.store.put("measurement", keys[i], body, volatile=volatile)
-            self._report("measure", done, len(keys))
         for position, item in enumerate(plans):
-            self.store.link(self.name, "measurement", self._measurement_key(item.plan), item.label, position)
+            key = self._measurement_key(item.plan)
+            if key not in failed:
+                self.store.link(self.name, "measurement", key, item.label, position)
+        return not failed
 
     def _measurement_key(self, plan: BitPlan) -> str:
         cut = [self.spec.validation_tokens, self.spec.length, self.spec.batch_size]
-        return content_key([plan.assignment, self.identity["validation"], cut, EVALUATOR, fingerprint()])
+        evaluator = [EVALUATOR, registry.load("evaluators", EVALUATOR).version]
+        return content_key([plan.assignment, self.identity["validation"], cut, evaluator, fingerprint()])
 
     def _compute(self, executor: Executor, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         if not tasks:
             return
-        work = self._work or registry.load("work", "workbench")(self.spec.setup)
+        setup = replace(
+            self.spec.setup, identity=tuple(self.identity[x] for x in ("model", "calibration", "validation"))
+        )
+        work = self._work or registry.load("work", "workbench")(setup)
         for result in executor.map(work, tasks):
             self.computed += 1
             yield result
@@ -281,5 +336,8 @@ class Study:
     def _only(self, kind: str) -> Mapping[str, Any]:
         found = self._linked(kind)
         if not found:
-            raise InputError("E143", f"study '{self.name}' has no {kind} yet", advice=f"mpsearch resume {self.name}")
+            advice = f"mpsearch resume {self.name}"
+            if self.store.study(self.name).state == "complete":
+                advice = "its budget held the whole model; start another study with a smaller one"
+            raise InputError("E143", f"study '{self.name}' has no {kind}", advice=advice)
         return found[-1][1]

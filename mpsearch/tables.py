@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpsearch.keys import content_key
+from mpsearch.spread import mean_and_error
 
 Array = NDArray[np.float64]
 #: How a cell came to be; only ``ok`` cells hold a value.
@@ -110,8 +111,8 @@ class SensitivityTable:
     def mean(cls, parts: Sequence[SensitivityTable]) -> SensitivityTable:
         """Average tables of independent batches of equal size.
 
-        The value is the mean. The standard error is the spread between the batches over the root of
-        their number, so it holds the doubt of the data as well as that of any probes; a single table
+        The value is the mean. The standard error comes from the spread between the batches, so it holds the doubt of
+        the data as well as that of any probes, and is widened for few batches (`mean_and_error`); a single table
         keeps its own. A cell counts as ``ok`` only if it is ``ok`` in every batch.
 
         Raises:
@@ -124,12 +125,9 @@ class SensitivityTable:
             return first
         if any((p.layers, p.formats, p.unit) != (first.layers, first.formats, first.unit) for p in parts):
             raise ValueError("tables to average must have the same layers, formats and unit")
-        stack = np.stack([p.value for p in parts])
-        count = len(parts)
-        value = np.array([[math.fsum(column) / count for column in row] for row in stack.transpose(1, 2, 0)])
-        value = value.reshape(first.value.shape)
-        deviation = stack - value
-        spread = np.sqrt((deviation**2).sum(axis=0) / (count - 1) / count)
+        cells = np.stack([p.value for p in parts]).transpose(1, 2, 0).tolist()
+        found = np.array([[mean_and_error(cell) for cell in row] for row in cells]).reshape(*first.value.shape, 2)
+        value, spread = found[..., 0].copy(), found[..., 1].copy()
         status = tuple(
             tuple(_worst(cell) for cell in zip(*rows, strict=True))
             for rows in zip(*(p.status for p in parts), strict=True)

@@ -25,6 +25,7 @@ class Setup:
         batch_size: sequences of one batch; fixed, so that results do not depend on who computes them.
         ties: ``auto``, ``none``, or names and patterns of layers, one tuple per tie.
         trust_remote_code: run the model's own code.
+        identity: digests of model, calibration and validation text that must be found; not checked when empty.
     """
 
     model: str
@@ -36,6 +37,7 @@ class Setup:
     batch_size: int
     ties: str | tuple[tuple[str, ...], ...] = "auto"
     trust_remote_code: bool = False
+    identity: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,14 @@ class MeasureTask:
     evaluator: str
     plan: Mapping[str, Any] = field(hash=False)
     label: str = ""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A task without a result, and why; the study goes on without it."""
+
+    code: str
+    message: str
 
 
 Task = SurveyTask | ScoreTask | MeasureTask

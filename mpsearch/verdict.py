@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from mpsearch.front import Measurement
 from mpsearch.planning import Labelled
+from mpsearch.spread import mean_and_error
 
 _SIGNIFICANT = 1.96
 
@@ -26,6 +27,13 @@ def next_uniform(measurements: Sequence[Measurement], limit: float) -> Measureme
 def gain(mixed: Measurement, uniform: Measurement) -> float:
     """How much lower the mixed plan's loss is, as a share of the uniform plan's; negative when it is higher."""
     return 1 - mixed.loss / uniform.loss if uniform.loss else 0.0
+
+
+def difference_error(a: Measurement, b: Measurement) -> float:
+    """Standard error of the difference of two losses: sequence by sequence when both ran on the same data."""
+    if len(a.samples) > 1 and len(a.samples) == len(b.samples) and a.data == b.data:
+        return mean_and_error([x - y for x, y in zip(a.samples, b.samples, strict=True)])[1]
+    return math.hypot(a.spread, b.spread)
 
 
 def verdict(chosen: Labelled, measurements: Sequence[Measurement]) -> list[str]:
@@ -50,7 +58,7 @@ def verdict(chosen: Labelled, measurements: Sequence[Measurement]) -> list[str]:
             f"Measured: {describe(mixed)}. No uniform plan of the menu is as small: there is nothing to compare with."
         )
     else:
-        noise = math.hypot(mixed.spread, uniform.spread)
+        noise = difference_error(mixed, uniform)
         better = uniform.loss - mixed.loss
         versus = f"the best uniform plan of at most its bytes ({uniform.label[8:]}: {describe(uniform)})"
         if uniform.plan == mixed.plan:
@@ -66,12 +74,11 @@ def verdict(chosen: Labelled, measurements: Sequence[Measurement]) -> list[str]:
         lines.append(f"The next larger uniform plan is {larger.label.removeprefix('uniform ')}: {describe(larger)}.")
     predicted = chosen.plan.predicted
     if predicted.gap is not None:
-        how = (
-            "proven to be the least"
-            if predicted.gap <= 1e-9
-            else f"at most {100 * predicted.gap:.2g} % above the least"
-        )
+        # The gap is relative to the loss; what is above the least is relative to the bound.
+        above = predicted.gap / (1 - predicted.gap) if predicted.gap < 1 else math.inf
+        how = "proven to be the least" if predicted.gap <= 1e-9 else f"at most {100 * above:.2g} % above the least"
         lines.append(
-            f"Its predicted loss, {predicted.loss:.4g} {predicted.unit}, is {how} that any plan of this menu can have."
+            f"Its predicted loss, {predicted.loss:.4g} {predicted.unit}, is {how} that any plan of this menu can have "
+            "within the budgets."
         )
     return lines

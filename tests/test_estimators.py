@@ -71,7 +71,7 @@ def softmax_model() -> tuple[Model, tuple[torch.Tensor, torch.Tensor], dict[str,
 def test_trace_of_a_softmax_regression(settings: dict[str, Any]) -> None:
     model, batch, table = softmax_model()
     estimator = HessianTrace(probes=400, tolerance=1e-9, **settings)
-    layers = find_layers(model, batch)
+    layers = find_layers(model, [batch])
     probes = np.array(estimator.traces(model, batch, layers))[:, 0]
     error = probes.std(ddof=1) / math.sqrt(len(probes))
     assert len(probes) == 400
@@ -84,7 +84,7 @@ def test_trace_of_a_softmax_regression(settings: dict[str, Any]) -> None:
 def test_trace_score_is_half_the_mean_curvature_times_the_error() -> None:
     model, batch, table = softmax_model()
     fmt = Format.parse("int4-channel")
-    found = HessianTrace(probes=400, tolerance=1e-9).score(model, [batch], find_layers(model, batch), [fmt])
+    found = HessianTrace(probes=400, tolerance=1e-9).score(model, [batch], find_layers(model, [batch]), [fmt])
     from mpsearch.model.quantize import fake_quantize
 
     weight = model.weight("").detach()
@@ -96,9 +96,9 @@ def test_trace_score_is_half_the_mean_curvature_times_the_error() -> None:
 
 def test_a_tighter_tolerance_takes_more_probes() -> None:
     model, batch, _ = softmax_model()
-    layers = find_layers(model, batch)
-    few = HessianTrace(probes=64, tolerance=0.5).traces(model, batch, layers)
-    many = HessianTrace(probes=64, tolerance=0.1).traces(model, batch, layers)
+    layers = find_layers(model, [batch])
+    few = HessianTrace(probes=64, least_probes=4, tolerance=0.5).traces(model, batch, layers)
+    many = HessianTrace(probes=64, least_probes=4, tolerance=0.1).traces(model, batch, layers)
     assert 4 <= len(few) < len(many) < 64
     probes = np.array(many)[:, 0]
     assert probes.std(ddof=1) / math.sqrt(len(probes)) <= 0.1 * abs(probes.mean())
@@ -109,7 +109,7 @@ def test_layers_of_a_larger_model_get_their_own_trace() -> None:
     module = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     x, y = torch.randn(20, 4), torch.randint(0, 3, (20,))
     model = Model(module, loss=lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]))
-    layers = find_layers(model, (x, y))
+    layers = find_layers(model, [(x, y)])
 
     def loss_of(weight: torch.Tensor, name: str) -> torch.Tensor:
         return nn.functional.cross_entropy(torch.func.functional_call(module, {name: weight}, (x,)), y)
@@ -139,7 +139,7 @@ def test_hutchinson_products_of_the_reference_table() -> None:
 
 def test_fishers_of_a_softmax_regression() -> None:
     model, batch, table = softmax_model()
-    layers = find_layers(model, batch)
+    layers = find_layers(model, [batch])
     fmt = Format.parse("int3-tensor")
     from mpsearch.model.quantize import fake_quantize
 
@@ -185,10 +185,10 @@ def linear_batches(seed: int, count: int) -> list[Any]:
 
 def test_errors_of_the_trace_are_honest_on_a_linear_model() -> None:
     model, squares = linear_model()
-    layers = find_layers(model, linear_batches(0, 1)[0])
+    layers = find_layers(model, linear_batches(0, 1))
     # The Hessian of the squared error is E[x x'] = MIX MIX'.
     truth = 0.5 * float(MIX.square().sum()) / 4 * float(squares.sum())
-    estimator = HessianTrace(probes=4)
+    estimator = HessianTrace(probes=4, least_probes=4)
     scores = [estimator.score(model, linear_batches(1 + r, 24), layers, [FORMAT]) for r in range(REPETITIONS)]
     assert 0.90 <= covered(scores, truth) <= 0.99
     mean = np.mean([s.value[0, 0] for s in scores])
@@ -198,7 +198,7 @@ def test_errors_of_the_trace_are_honest_on_a_linear_model() -> None:
 
 def test_errors_of_the_empirical_fisher_are_honest_on_a_linear_model() -> None:
     model, squares = linear_model()
-    layers = find_layers(model, linear_batches(0, 1)[0])
+    layers = find_layers(model, linear_batches(0, 1))
     # With noise of variance 1 the Fisher is E[x x'] as well.
     truth = 0.5 * float(((MIX @ MIX.T).diagonal() * squares).sum())
     estimator = Fisher(labels="data")
@@ -206,7 +206,9 @@ def test_errors_of_the_empirical_fisher_are_honest_on_a_linear_model() -> None:
     assert 0.90 <= covered(scores, truth) <= 0.99
 
 
-@pytest.mark.parametrize("estimator", [HessianTrace(probes=4), Fisher()], ids=["hessian_trace", "fisher"])
+@pytest.mark.parametrize(
+    "estimator", [HessianTrace(probes=4, least_probes=4), Fisher()], ids=["hessian_trace", "fisher"]
+)
 def test_errors_are_honest_on_a_logistic_model(estimator: Any) -> None:
     generator = torch.Generator().manual_seed(7)
     module = nn.Linear(4, 2, bias=False)
@@ -214,7 +216,7 @@ def test_errors_are_honest_on_a_logistic_model(estimator: Any) -> None:
     model = Model(module, loss=lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]), logits=lambda m, b: m(b[0]))
     population = torch.randn(64, 4, generator=generator) @ MIX.T
     labels = torch.randint(0, 2, (64,), generator=generator)
-    layers = find_layers(model, (population, labels))
+    layers = find_layers(model, [(population, labels)])
     from mpsearch.model.quantize import fake_quantize
 
     squares = (fake_quantize(module.weight.detach(), FORMAT) - module.weight.detach()).square().double()
@@ -252,3 +254,39 @@ def test_what_an_estimator_cannot_take_it_refuses() -> None:
         assert registry.make("estimators", name).refuses(model)
         with pytest.raises(mp.InputError, match="E506"):
             mp.score(model, [torch.ones(1, 4)], ["int4-channel"], name, layers=mp.layers(model))
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_errors_of_the_trace_are_honest_for_few_batches_at_default_settings(count: int) -> None:
+    """The target is the trace on these very batches for one, and in the population for more."""
+    model, squares = linear_model()
+    layers = find_layers(model, linear_batches(0, 1))
+    estimator = HessianTrace()
+    inside = 0
+    for repetition in range(REPETITIONS):
+        batches = linear_batches(1000 + repetition, count)
+        table = estimator.score(model, batches, layers, [FORMAT])
+        trace = float(batches[0][0].square().sum(dim=1).mean()) if count == 1 else float(MIX.square().sum())
+        inside += abs(table.value[0, 0] - 0.5 * trace / 4 * float(squares.sum())) <= 1.96 * table.spread[0, 0]
+    assert 0.90 <= inside / REPETITIONS <= 0.99
+
+
+def test_students_factor_is_that_of_the_distribution() -> None:
+    from scipy.stats import norm, t
+
+    from mpsearch.spread import student_factor
+
+    for freedom in (1, 2, 3, 4, 5, 7, 15, 31, 1000):
+        assert student_factor(freedom) == pytest.approx(t.ppf(0.975, freedom) / norm.ppf(0.975), rel=2e-3)
+
+
+def test_settings_that_make_no_sense_are_refused() -> None:
+    for name, settings in (
+        ("fisher", {"labels": "dat"}),
+        ("fisher", {"draws": 0}),
+        ("hessian_trace", {"probes": "16"}),
+        ("hessian_trace", {"probing": "all"}),
+        ("hessian_trace", {"probes": 4}),
+    ):
+        with pytest.raises(mp.InputError, match="E113"):
+            registry.make("estimators", name, **settings)

@@ -21,6 +21,7 @@ from mpsearch.hardware.bytes import Bytes
 from mpsearch.layer import Excluded, Layer, Layers
 from mpsearch.plan import BitPlan
 from mpsearch.problem import Problem, Solution
+from mpsearch.spread import student_factor
 from mpsearch.tables import SensitivityTable
 
 BITS = st.integers(2, 8)
@@ -201,6 +202,15 @@ def test_totals_are_exact_where_floats_are_not() -> None:
     assert not Problem(np.zeros((2, 1)), big, np.array([2.0**53])).fits(np.array([0, 0]))
 
 
+def test_what_fits_is_offered_and_within_every_limit() -> None:
+    problem = Problem(np.array([[1.0, np.nan]]), np.array([[[5.0, 1.0]]]), np.array([9.0]))
+    assert problem.fits(np.array([0]))
+    for choice in ([1], [-1], [2], [0, 0], []):
+        assert not problem.fits(np.array(choice, dtype=np.int64))
+    assert Problem(np.array([[1.0]]), np.array([[[5.0]]]), np.array([np.inf])).fits(np.array([0]))
+    assert not Problem(np.array([[1.0]]), np.array([[[5.0]]]), np.array([-np.inf])).fits(np.array([0]))
+
+
 def test_a_solution_that_breaks_a_budget_cannot_be_made() -> None:
     problem = Problem(np.array([[1.0, 2.0]]), np.array([[[5.0, 1.0]]]), np.array([3.0]))
     with pytest.raises(ValueError, match="does not keep the budgets"):
@@ -221,7 +231,7 @@ def table_of(values: list[list[float]]) -> SensitivityTable:
 def test_tables_average_with_the_spread_between_batches() -> None:
     mean = SensitivityTable.mean([table_of([[1.0, 5.0]]), table_of([[3.0, 5.0]]), table_of([[2.0, np.nan]])])
     assert mean.value[0, 0] == 2.0
-    assert mean.spread[0, 0] == pytest.approx(1 / math.sqrt(3))
+    assert mean.spread[0, 0] == pytest.approx(student_factor(2) / math.sqrt(3))
     assert mean.status == (("ok", "not_offered"),)
     assert mean.samples == 3
 

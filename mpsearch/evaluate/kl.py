@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from mpsearch.errors import InputError
 from mpsearch.front import Measurement, Metric
 from mpsearch.machine import machine
 from mpsearch.model.apply import quantized_weight, swapped
-from mpsearch.model.data import Batches
+from mpsearch.model.digest import digest_of
 from mpsearch.model.model import Model
 from mpsearch.model.reference import Reference, divergence
 from mpsearch.plan import BitPlan
-from mpsearch.sensitivity.divergence import mean_cell
+from mpsearch.spread import mean_and_error
 
 
 @dataclass(frozen=True)
@@ -51,33 +51,24 @@ class Kl:
                 found = divergence(log_p, model.logits(batch), batch)
             kl.extend(found.kl.tolist())
             entropy.extend(found.cross_entropy.tolist())
-        mean = mean_cell(kl)
-        if mean.status != "ok":
+        if not all(map(math.isfinite, kl)):
             raise InputError(
                 "E511", f"the model under plan '{label or plan.assignment[:8]}' gives values that are not finite"
             )
         metrics = {}
         if entropy:
-            cross = mean_cell(entropy)
-            metrics["cross_entropy"] = Metric(cross.value, cross.spread, "nats/token")
+            metrics["cross_entropy"] = Metric(*mean_and_error(entropy), "nats/token")
+        mean, error = mean_and_error(kl)
         return Measurement(
             plan.assignment,
             label,
-            mean.value,
-            mean.spread,
+            mean,
+            error,
             "nats/token",
             {**plan.cost, "weights": float(plan.bytes)},
             metrics,
             machine=machine(),
-            data={"digest": batches_digest(batches), "samples": len(kl)},
+            data={"digest": digest_of(list(batches))},
             seconds=time.perf_counter() - start,
+            samples=tuple(kl),
         )
-
-
-def batches_digest(batches: Sequence[Any]) -> str:
-    """Return the SHA-256 of the batches' content."""
-    if isinstance(batches, Batches):
-        return batches.digest
-    from mpsearch.sensitivity.assemble import batch_seed
-
-    return hashlib.sha256(str([batch_seed(0, batch) for batch in batches]).encode()).hexdigest()

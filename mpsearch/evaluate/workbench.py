@@ -18,9 +18,10 @@ from mpsearch.layer import Layers, decisions
 from mpsearch.model.data import load_batches, load_tokenizer
 from mpsearch.model.find import find_layers
 from mpsearch.model.model import Model, load_model
+from mpsearch.model.source import source_digest
 from mpsearch.plan import BitPlan
 from mpsearch.tables import SensitivityTable
-from mpsearch.tasks import ScoreTask, Setup, Survey, SurveyTask, Task
+from mpsearch.tasks import Failed, MeasureTask, ScoreTask, Setup, Survey, SurveyTask, Task
 
 
 @dataclass
@@ -50,6 +51,13 @@ class Workbench:
             InputError: the model or the text cannot be used.
         """
         model = load_model(setup.model, trust_remote_code=setup.trust_remote_code)
+        found = (model.digest, source_digest(setup.calibration), source_digest(setup.validation))
+        if setup.identity and found != setup.identity:
+            raise InputError(
+                "E142",
+                f"'{setup.model}' or its texts changed since the study began",
+                advice="start another study: --name",
+            )
         if model.context and setup.length > model.context:
             raise InputError(
                 "E504",
@@ -60,21 +68,35 @@ class Workbench:
         common = {"length": setup.length, "batch_size": setup.batch_size, "vocabulary": model.vocabulary}
         calibration = load_batches(setup.calibration, tokenizer, tokens=setup.tokens, **common)
         validation = load_batches(setup.validation, tokenizer, tokens=setup.validation_tokens, **common)
-        layers = find_layers(model, ties=setup.ties)
+        if sum(len(batch["input_ids"]) for batch in validation) < 2:
+            raise InputError(
+                "E504",
+                f"{setup.validation.text}: one sequence has no spread; plans are measured on at least 2",
+                advice="more validation tokens, or a shorter length",
+            )
+        layers = find_layers(model, calibration, setup.ties)
         return cls(model, calibration, validation, layers, calibration.notices + validation.notices)
 
-    def run(self, task: Task) -> Survey | SensitivityTable | Measurement:
+    def run(self, task: Task) -> Survey | SensitivityTable | Measurement | Failed:
         """Do one task on one thread, so that its result is the same on every worker."""
         with one_thread():
             if isinstance(task, SurveyTask):
                 return Survey(self.layers, len(self.calibration), self.model.architecture, self.notices)
             if isinstance(task, ScoreTask):
                 return self._score(task)
-            evaluator = registry.make("evaluators", task.evaluator)
-            found: Measurement = evaluator.measure(
+            return self._measure(task)
+
+    def _measure(self, task: MeasureTask) -> Measurement | Failed:
+        evaluator = registry.make("evaluators", task.evaluator)
+        try:
+            measured: Measurement = evaluator.measure(
                 self.model, BitPlan.from_json(task.plan), self.validation, task.label
             )
-            return found
+        except InputError as error:
+            if error.code != "E511":
+                raise
+            return Failed(error.code, error.message)
+        return measured
 
     def _score(self, task: ScoreTask) -> SensitivityTable:
         estimator = registry.make("estimators", task.estimator, **dict(task.settings))
@@ -115,5 +137,5 @@ class Work:
 
     setup: Setup
 
-    def __call__(self, task: Task) -> Survey | SensitivityTable | Measurement:
+    def __call__(self, task: Task) -> Survey | SensitivityTable | Measurement | Failed:
         return workbench_of(self.setup).run(task)

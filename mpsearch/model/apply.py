@@ -15,7 +15,7 @@ from mpsearch.model.quantize import fake_quantize
 
 def quantized_weight(model: Model, layer: Layer, fmt: Format) -> Tensor:
     """The weight of a layer after a round trip through a format, float32, same shape."""
-    return fake_quantize(model.weight(layer.name).detach(), fmt, layer.out_axis)
+    return fake_quantize(model.weight(layer.name).detach(), fmt, layer.out_axis, name=layer.name)
 
 
 @contextmanager

@@ -110,6 +110,9 @@ def load_batches(
             )
         )
         wanted = there
+    if wanted > batch_size:
+        # Batches are averaged with equal weight, so all are of one size.
+        wanted -= wanted % batch_size
     starts = [i * there // wanted * length for i in range(wanted)]
     return Batches.of(torch.stack([stream[s : s + length] for s in starts]), batch_size, notices)
 

@@ -31,15 +31,25 @@ def _is_transposed(module: nn.Module) -> bool:
 
 @dataclass
 class _Use:
-    """What one forward pass showed of a module."""
+    """What the forward passes showed of a module.
+
+    Tensors are held during a pass only, because a freed tensor's identity could come back as another's; afterwards
+    their identities in the first pass are enough.
+    """
 
     calls: int = 0
     macs: int = 0
     inputs: list[Tensor] = field(default_factory=list)
+    read: tuple[int, ...] = ()
+
+    def close(self) -> None:
+        """End a pass."""
+        self.read = self.read or tuple(id(x) for x in self.inputs)
+        self.inputs.clear()
 
 
-def find_layers(model: Model, batch: Batch | None = None, ties: Ties = "auto") -> Layers:
-    """Find what can be decided in a model, with one forward pass.
+def find_layers(model: Model, batches: Sequence[Batch] = (), ties: Ties = "auto") -> Layers:
+    """Find what can be decided in a model, with one forward pass per batch.
 
     Linear, convolution and embedding weights are decided; everything else keeps its number type and is
     listed with the reason. A weight that several modules share is one layer. Linear siblings that read the
@@ -47,13 +57,17 @@ def find_layers(model: Model, batch: Batch | None = None, ties: Ties = "auto") -
 
     Args:
         model: the model.
-        batch: what to run it on; a language model runs on eight tokens when left out.
+        batches: what to run it on, to count multiply-adds, to see what is fused, and what is never called. Without any,
+            a language model runs on eight tokens, and nothing counts as never called.
         ties: ``auto`` as above, ``none``, or lists of layer names or patterns, one list per tie.
 
     Raises:
         InputError: nothing to decide (E418), or a tie that matches nothing (E120).
     """
-    used = _watch_forward(model, batch)
+    if ties not in ("auto", "none") and isinstance(ties, str):
+        raise InputError("E113", f"ties is '{ties}'; give auto, none, or lists of layer names")
+    used = _watch_forward(model, batches)
+    calls = _calls(model, used) if batches else None
     layers: dict[int, Layer] = {}
     excluded: list[Excluded] = []
     seen: dict[int, str] = {}
@@ -66,7 +80,7 @@ def find_layers(model: Model, batch: Batch | None = None, ties: Ties = "auto") -
                 continue
             seen[id(parameter)] = full
             dtype = model.stored.get(full, "float32")
-            reason = _reason_to_keep(module, name, parameter, used.get(path))
+            reason = _reason_to_keep(module, name, parameter, calls)
             if reason:
                 excluded.append(Excluded(full, tuple(parameter.shape), dtype, reason))
                 continue
@@ -86,7 +100,7 @@ def find_layers(model: Model, batch: Batch | None = None, ties: Ties = "auto") -
             f"model '{model.name}' has no Linear, Conv or Embedding weights",
             because=f"found: {', '.join(kinds) or 'none'}",
         )
-    per = _units(model, batch)
+    per = _units(model, batches)
     items = tuple(replace(layer, macs=layer.macs // per) for layer in layers.values())
     found = Layers(items, tuple(excluded), "token" if model.tokens else "sample")
     return _tie(found, used, ties)
@@ -96,45 +110,51 @@ def _join(layer: Layer, path: str, use: _Use | None) -> Layer:
     return replace(layer, shared=(*layer.shared, path), macs=layer.macs + (use.macs if use else 0))
 
 
-def _reason_to_keep(module: nn.Module, name: str, parameter: Tensor, use: _Use | None) -> str:
+def _calls(model: Model, used: dict[str, _Use]) -> dict[int, int]:
+    """How often each weight was used, by all modules that share it."""
+    calls: dict[int, int] = {}
+    for path, use in used.items():
+        weight = model.module.get_submodule(path).weight
+        calls[id(weight)] = calls.get(id(weight), 0) + use.calls
+    return calls
+
+
+def _reason_to_keep(module: nn.Module, name: str, parameter: Tensor, calls: dict[int, int] | None) -> str:
     if parameter.ndim < 2:
         return "1-D norm or bias vector"
     if name != "weight" or not _kind(module):
         return f"no quantiser for {type(module).__name__}.{name}"
-    if use is not None and use.calls == 0:
+    if calls is not None and not calls.get(id(parameter)):
         return "never called by the data"
     return ""
 
 
-def _units(model: Model, batch: Batch | None) -> int:
-    if model.tokens:
-        ids = _example(model, batch)["input_ids"]
-        return int(ids.numel())
-    return batch_size(batch) if batch is not None else 1
+def _examples(model: Model, batches: Sequence[Batch]) -> Sequence[Batch]:
+    if not batches and model.tokens:
+        return [{"input_ids": torch.zeros(1, 8, dtype=torch.long)}]
+    return batches
 
 
-def _example(model: Model, batch: Batch | None) -> Any:
-    if batch is None and model.tokens:
-        return {"input_ids": torch.zeros(1, 8, dtype=torch.long)}
-    return batch
+def _units(model: Model, batches: Sequence[Batch]) -> int:
+    """Tokens or samples that the multiply-adds were counted over."""
+    examples = _examples(model, batches)
+    return sum(int(x["input_ids"].numel()) if model.tokens else batch_size(x) for x in examples) or 1
 
 
-def _watch_forward(model: Model, batch: Batch | None) -> dict[str, _Use]:
-    example = _example(model, batch)
-    if example is None:
-        return {}
+def _watch_forward(model: Model, batches: Sequence[Batch]) -> dict[str, _Use]:
+    examples = _examples(model, batches)
     used: dict[str, _Use] = {}
     handles = []
     for path, module in model.module.named_modules():
-        if _kind(module):
+        if _kind(module) and examples:
             used[path] = _Use()
-            handles.append(module.register_forward_hook(_watcher(used[path])))
+            handles.append(module.register_forward_hook(_watcher(used[path]), with_kwargs=True))
     try:
         with torch.no_grad():
-            if model.has_logits:
-                model.logits(example)
-            else:
-                model.loss(example)
+            for example in examples:
+                model.logits(example) if model.has_logits else model.loss(example)
+                for use in used.values():
+                    use.close()
     finally:
         for handle in handles:
             handle.remove()
@@ -142,17 +162,14 @@ def _watch_forward(model: Model, batch: Batch | None) -> dict[str, _Use]:
 
 
 def _watcher(use: _Use) -> Any:
-    def watch(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         use.calls += 1
-        if not args or not isinstance(args[0], Tensor):
-            return
-        # Keeping the tensor keeps its identity: a freed tensor's id could come back as another's.
-        use.inputs.append(args[0])
-        if isinstance(module, nn.Embedding):
-            return
-        weight: Any = module.weight
-        per_output = weight.numel() // weight.shape[1 if _is_transposed(module) else 0]
-        use.macs += output.numel() * per_output
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(first, Tensor):
+            use.inputs.append(first)
+        if isinstance(output, Tensor) and not isinstance(module, nn.Embedding):
+            weight: Any = module.weight
+            use.macs += output.numel() * (weight.numel() // weight.shape[1 if _is_transposed(module) else 0])
 
     return watch
 
@@ -176,10 +193,10 @@ def _fused(found: Layers, used: dict[str, _Use]) -> list[list[str]]:
     groups: dict[tuple[str, tuple[int, ...], int], list[str]] = {}
     for layer in found:
         use = used.get(layer.name)
-        if layer.kind != "linear" or layer.shared or use is None or not use.inputs:
+        if layer.kind != "linear" or layer.shared or use is None or not use.read:
             continue
         parent = layer.name.rpartition(".")[0]
-        groups.setdefault((parent, tuple(id(x) for x in use.inputs), layer.out_axis), []).append(layer.name)
+        groups.setdefault((parent, use.read, layer.out_axis), []).append(layer.name)
     return [names for names in groups.values() if len(names) > 1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.nn import functional
 from mpsearch.errors import InputError
 from mpsearch.layer import DTYPE_BITS
 from mpsearch.model.checkpoint import check_stored_types, find_folder, folder_digest, read_config, weight_files
+from mpsearch.model.digest import function_digest, module_digest
 
 Batch = Any
 Value = TypeVar("Value")
@@ -44,11 +46,28 @@ class Model:
         name: str = "",
         digest: str = "",
         tokens: bool = False,
+        owned: bool = False,
     ) -> None:
+        """Take a module.
+
+        Args:
+            module: the module. It is copied, so that the caller's own is never changed, unless ``owned``.
+            loss: (module, batch) -> mean loss.
+            logits: (module, batch) -> logits.
+            name: what to call it.
+            digest: content digest, when it is known; else made from weights and functions.
+            tokens: whether it is a causal language model of Hugging Face's shape.
+            owned: the caller has no further use for the module.
+        """
         self.name = name or type(module).__name__
         self.stored = _stored_types(module)
-        self.digest = digest or module_digest(module)
-        self.module = module.float().eval()
+        check_weights(module)
+        self._functions = f"{function_digest(loss)}{function_digest(logits)}"
+        self._given_digest = digest
+        shared = _shared_storage(module)
+        self.module = (module if owned else copy.deepcopy(module)).float().eval()
+        _share_again(self.module, shared)
+        self.digest = digest or self._content()
         self.architecture = type(module).__name__
         self.tokens = tokens
         config = getattr(module, "config", None)
@@ -57,7 +76,18 @@ class Model:
         self._loss = loss
         self._logits = logits
         self._memo: dict[str, tuple[object, Any]] = {}
-        check_weights(module)
+
+    def _content(self) -> str:
+        return hashlib.sha256(f"{module_digest(self.module)}{self.stored}{self._functions}".encode()).hexdigest()
+
+    def refresh(self) -> None:
+        """Forget what was remembered of weights that the caller has changed since.
+
+        Only for modules that a caller gave; what was loaded from a folder is nobody's to change.
+        """
+        if not self._given_digest and (now := self._content()) != self.digest:
+            self.digest = now
+            self._memo.clear()
 
     def memo(self, kind: str, owner: object, make: Callable[[], Value]) -> Value:
         """Return what was made before for the same owner, or make it; one value of each kind is kept.
@@ -122,6 +152,26 @@ class Model:
         return parameter
 
 
+def _shared_storage(module: nn.Module) -> list[list[str]]:
+    """Names of parameters that are one tensor in memory, though they may be several objects."""
+    places: dict[tuple[Any, ...], list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if not parameter.is_meta and parameter.numel():
+            storage = parameter.untyped_storage().data_ptr()
+            place = (storage, parameter.storage_offset(), tuple(parameter.shape), parameter.stride(), parameter.dtype)
+            places.setdefault(place, []).append(name)
+    return [names for names in places.values() if len(names) > 1]
+
+
+def _share_again(module: nn.Module, groups: Sequence[Sequence[str]]) -> None:
+    """Make each group of names one parameter again, for copying and casting part what was one tensor."""
+    for first, *others in groups:
+        parameter = module.get_parameter(first)
+        for name in others:
+            path, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(path), attribute, parameter)
+
+
 def _stored_types(module: nn.Module) -> dict[str, str]:
     stored = {}
     for name, parameter in module.named_parameters():
@@ -160,17 +210,6 @@ def check_weights(module: nn.Module) -> None:
             )
 
 
-def module_digest(module: nn.Module) -> str:
-    """Return the SHA-256 over a module's structure and its stored weights and buffers."""
-    total = hashlib.sha256(str(module).encode())
-    for name, value in module.state_dict().items():
-        if value.is_meta:
-            continue
-        total.update(f"\0{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
-
-
 def load_model(source: str | Path, *, trust_remote_code: bool = False) -> Model:
     """Load a causal language model from a Hugging Face folder, safetensors only, without running its code.
 
@@ -201,7 +240,7 @@ def load_model(source: str | Path, *, trust_remote_code: bool = False) -> Model:
             because=str(error).splitlines()[0],
             advice="load it yourself and give the torch module: mp.wrap(module, loss=…, logits=…)",
         ) from error
-    return Model(module, name=folder.resolve().name, digest=folder_digest(folder), tokens=True)
+    return Model(module, name=folder.resolve().name, digest=folder_digest(folder), tokens=True, owned=True)
 
 
 def as_model(model: Model | nn.Module | str | Path, **functions: Any) -> Model:
@@ -215,6 +254,7 @@ def as_model(model: Model | nn.Module | str | Path, **functions: Any) -> Model:
         InputError: none of these (E409).
     """
     if isinstance(model, Model):
+        model.refresh()
         return model
     if isinstance(model, nn.Module):
         is_causal = type(model).__name__.endswith("ForCausalLM") and not functions

@@ -20,8 +20,11 @@ class Replay:
     A transformer is a list of blocks that run one after the other. What the block before the changed one
     gave, and what the linears of the changed block gave before the changed one, is remembered from a pass
     of the original model, and returned instead of computed. What follows is computed as always, so the
-    result is the same bit for bit; that is checked on the first batch, and where it does not hold (or the
-    model has no such list) every pass runs in full.
+    result is the same bit for bit. That is checked on the first batch, with the original weights, for every place
+    that passes start from; where it does not hold, or where the model has no such list, passes run in full.
+
+    Attributes:
+        exact: whether the passes for the layers prepared last start in the middle.
 
     Memory: the outputs of one block boundary and of one block's linears, over all batches.
     """
@@ -29,13 +32,15 @@ class Replay:
     def __init__(self, model: Model, batches: Sequence[Batch]) -> None:
         self._model = model
         self._batches = batches
-        self._paths = {module: path for path, module in model.module.named_modules()}
         self._blocks, self._order = _blocks_in_order(model, batches[0])
         self._stage: int | None = None
         self._kept: list[dict[nn.Module, Any]] = []
         self._before = 0
         self._linears: list[nn.Module] = []
-        self.exact = bool(self._blocks) and self._is_exact()
+        with torch.no_grad():
+            self._full = model.logits(batches[0])
+        self._checked: dict[tuple[int, frozenset[nn.Module]], bool] = {}
+        self.exact = False
 
     @classmethod
     def of(cls, model: Model, batches: Sequence[Batch]) -> Replay:
@@ -44,7 +49,8 @@ class Replay:
 
     def prepare(self, layers: Sequence[Layer]) -> None:
         """Remember what comes before these layers. Call while the model is unchanged."""
-        if not self.exact:
+        self.exact = False
+        if not self._blocks:
             return
         modules = [self._model.module.get_submodule(n) for layer in layers for n in (layer.name, *layer.shared)]
         first = min(self._order.get(module, -1) for module in modules)
@@ -62,6 +68,12 @@ class Replay:
             for module in (self._kept[0] if self._kept else {})
             if module not in self._blocks and module not in changed and self._order[module] < first
         ]
+        what = (stage, frozenset(self._linears))
+        if what not in self._checked:
+            self.exact = True
+            with torch.no_grad():
+                self._checked[what] = torch.equal(self.logits(0), self._full)
+        self.exact = self._checked[what]
 
     def logits(self, i: int) -> Tensor:
         """Logits of batch ``i`` with the model as it is now, changed in the prepared layers only."""
@@ -90,16 +102,6 @@ class Replay:
         for batch in self._batches:
             self._kept.append(_outputs(self._model, batch, keep))
         self._stage = stage
-
-    def _is_exact(self) -> bool:
-        """Compare a replay from the middle with a full pass on the first batch."""
-        stage = len(self._blocks) // 2
-        with torch.no_grad():
-            full = self._model.logits(self._batches[0])
-            kept = _outputs(self._model, self._batches[0], self._blocks[stage - 1 : stage])
-            with _answering(self._skipped(kept, stage, [])):
-                again = self._model.logits(self._batches[0])
-        return torch.equal(full, again)
 
 
 def _blocks_in_order(model: Model, batch: Batch) -> tuple[list[nn.Module], dict[nn.Module, int]]:
@@ -137,7 +139,7 @@ def _outputs(model: Model, batch: Batch, modules: Sequence[nn.Module]) -> dict[n
     kept: dict[nn.Module, Any] = {}
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
-        kept[module] = output
+        kept[module] = _copy(output)
 
     handles = [module.register_forward_hook(keep) for module in modules]
     try:
@@ -162,4 +164,13 @@ def _answering(skipped: Mapping[nn.Module, Any]) -> Iterator[None]:
 
 
 def _answer(output: Any) -> Any:
-    return lambda *args, **kwargs: output
+    # A copy each time: what comes next may work in place.
+    return lambda *args, **kwargs: _copy(output)
+
+
+def _copy(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output.clone()
+    if isinstance(output, tuple):
+        return tuple(_copy(item) for item in output)
+    return output

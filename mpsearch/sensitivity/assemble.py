@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,9 @@ from torch import Tensor
 from mpsearch.format import Format
 from mpsearch.layer import Decision, Layer, decisions
 from mpsearch.model.apply import quantized_weight
+from mpsearch.model.digest import digest_of
 from mpsearch.model.model import Model
+from mpsearch.spread import mean_and_error
 from mpsearch.tables import SensitivityTable, Status
 
 #: Quantisation errors of all layers in all formats are kept up to this many bytes, else computed again.
@@ -28,6 +29,13 @@ class Cell:
     value: float = math.nan
     spread: float = math.nan
     status: Status = "ok"
+
+
+def mean_cell(values: Sequence[float]) -> Cell:
+    """Mean and standard error of one number per sample; ``non_finite`` if any is not finite."""
+    if not all(math.isfinite(x) for x in values):
+        return Cell(status="non_finite")
+    return Cell(*mean_and_error(values))
 
 
 def offered(decision: Decision, fmt: Format) -> bool:
@@ -72,21 +80,7 @@ def _checked(cell: Cell) -> Cell:
 
 def batch_seed(seed: int, batch: Any) -> int:
     """Make a seed from a seed and a batch's content, so that random draws do not depend on who scores the batch."""
-    total = hashlib.sha256(str(seed).encode())
-    for tensor in _tensors(batch):
-        total.update(tensor.detach().contiguous().numpy().tobytes())
-    return int.from_bytes(total.digest()[:7])
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for name in sorted(batch):
-            yield from _tensors(batch[name])
-    elif isinstance(batch, Sequence) and not isinstance(batch, str):
-        for value in batch:
-            yield from _tensors(value)
+    return int(digest_of([seed, batch])[:14], 16)
 
 
 class Deltas:

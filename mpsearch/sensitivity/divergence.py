@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -15,7 +14,7 @@ from mpsearch.model.apply import quantized_weight, swapped
 from mpsearch.model.model import Model
 from mpsearch.model.reference import Reference, divergence
 from mpsearch.model.replay import Replay
-from mpsearch.sensitivity.assemble import Cell, build_table, offered
+from mpsearch.sensitivity.assemble import Cell, build_table, mean_cell, offered
 from mpsearch.tables import SensitivityTable
 
 
@@ -88,15 +87,3 @@ class Divergence:
                 logits = replay.logits(i) if replay is not None else model.logits(batch)
             values.extend(divergence(log_p, logits).kl.tolist())
         return values
-
-
-def mean_cell(values: Sequence[float]) -> Cell:
-    """Mean and standard error of one number per sample."""
-    if not all(math.isfinite(x) for x in values):
-        return Cell(status="non_finite")
-    count = len(values)
-    mean = math.fsum(values) / count
-    if count < 2:
-        return Cell(mean)
-    variance = math.fsum((x - mean) ** 2 for x in values) / (count - 1)
-    return Cell(mean, math.sqrt(variance / count))

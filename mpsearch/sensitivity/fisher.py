@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mpsearch.errors import InputError
 from mpsearch.format import Format
 from mpsearch.layer import Decision, Layer
 from mpsearch.model.model import Model, samples_of
-from mpsearch.sensitivity.assemble import Cell, Deltas, batch_seed, build_table, offered
+from mpsearch.sensitivity.assemble import Cell, Deltas, batch_seed, build_table, mean_cell, offered
 from mpsearch.tables import SensitivityTable
 
 
@@ -53,6 +54,12 @@ class Fisher:
     by: ClassVar[Literal["cell", "batch"]] = "batch"
     version: ClassVar[int] = 1
 
+    def __post_init__(self) -> None:
+        if self.labels not in ("model", "data"):
+            raise InputError("E113", f"fisher: labels is {self.labels!r}; give 'model' or 'data'")
+        if not isinstance(self.draws, int) or self.draws < 1:
+            raise InputError("E113", f"fisher: draws is {self.draws!r}; give a whole number from 1")
+
     def refuses(self, model: Model) -> str:
         if self.labels == "model" and not model.has_logits:
             return "labels='model' needs logits; wrap the module: mp.wrap(module, logits=…), or use labels='data'"
@@ -86,7 +93,7 @@ class Fisher:
                 return Cell(status="not_observed")
             assert offered(decision, fmt)
             sums = [math.fsum(parts) for parts in zip(*(values[x.name, fmt] for x in decision.layers), strict=True)]
-            return _mean(sums)
+            return mean_cell(sums)
 
         samples = max((len(v) for v in values.values()), default=0)
         return build_table(layers, formats, cell, unit="nats/token", samples=samples, source={"estimator": "fisher"})
@@ -115,11 +122,3 @@ class Fisher:
                     total = totals[i]
                     totals[i] = square if total is None else total.add_(square)
         return totals
-
-
-def _mean(values: Sequence[float]) -> Cell:
-    count = len(values)
-    mean = math.fsum(values) / count
-    if count < 2:
-        return Cell(mean)
-    return Cell(mean, math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (count - 1) / count))

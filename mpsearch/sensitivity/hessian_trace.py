@@ -17,8 +17,11 @@ from mpsearch.format import Format
 from mpsearch.layer import Decision, Layer
 from mpsearch.model.apply import swapped
 from mpsearch.model.model import Model
-from mpsearch.sensitivity.assemble import Cell, Deltas, batch_seed, build_table
+from mpsearch.sensitivity.assemble import Cell, Deltas, batch_seed, build_table, mean_cell
 from mpsearch.tables import SensitivityTable
+
+#: Change of a finite difference on halving its step, relative to the sum over layers, that counts as settled.
+_SETTLED = 0.05
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,15 @@ class HessianTrace:
     trace, or after ``probes``.
 
     With ``probing="joint"`` one product serves all layers, but each layer's estimate carries the cross terms with all
-    others, which add sum_m ||H_lm||_F^2 to its variance. ``"layer"`` probes one layer at a time on the kept graph: free
-    of them, at nearly one product per layer and probe. For a ranking joint probes are cheaper; for a precise trace of
-    single layers they can be dearer: compare both by seconds x variance.
-    ``product="double_backward"`` differentiates the gradient. ``"finite_difference"`` (joint only) takes the
-    difference of two gradients, [g(w + h v) - g(w)] / h: no second graph, any attention kernel; its error from the
-    third derivative is odd in v, so it has mean zero, and h is halved until the answer settles within
-    ``tolerance``.
+    others, which add sum_m ||H_lm||_F^2 to its variance. ``"layer"`` probes one layer at a time: free of them, at
+    nearly one product per layer and probe. For a ranking joint probes are cheaper; for a precise trace of single layers
+    they can be dearer: compare both by seconds x variance (benchmarks/RESULTS.md).
+    ``product="finite_difference"`` takes the difference of two gradients, [g(w + h v) - g(w)] / h: no second graph, any
+    attention kernel; its error from the third derivative is odd in v, so it has mean zero, and h is halved until the
+    first probe changes by less than 5 %. ``"double_backward"`` differentiates the gradient, with no step to choose.
 
-    Sources: Dong et al. 2020 (HAWQ-V2); Hutchinson 1990. Cost: one forward and backward pass per batch, then per
-    probe about 1.3 (joint, double backward) or 1 (finite difference) of them.
+    Sources: Dong et al. 2020 (HAWQ-V2); Hutchinson 1990. Cost: one forward and backward pass per batch, then per joint
+    probe about one (finite difference) or three (double backward, through attention that can be differentiated twice).
 
     Attributes:
         probes: most probes per batch.
@@ -65,23 +67,28 @@ class HessianTrace:
     """
 
     probes: int = 16
-    least_probes: int = 4
+    least_probes: int = 8
     tolerance: float = 0.1
     probing: Literal["joint", "layer"] = "joint"
-    product: Literal["double_backward", "finite_difference"] = "double_backward"
+    product: Literal["finite_difference", "double_backward"] = "finite_difference"
     step: float = 0.01
     seed: int = 0
     by: ClassVar[Literal["cell", "batch"]] = "batch"
     version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
+        for name in ("probes", "least_probes"):
+            if not isinstance(getattr(self, name), int):
+                raise InputError("E113", f"hessian_trace: {name} is {getattr(self, name)!r}; give a whole number")
+        if self.probing not in ("joint", "layer") or self.product not in ("double_backward", "finite_difference"):
+            raise InputError(
+                "E113",
+                f"hessian_trace: probing is {self.probing!r} and product {self.product!r}",
+                advice="probing: joint or layer; product: double_backward or finite_difference",
+            )
         if not 2 <= self.least_probes <= self.probes:
             raise InputError(
                 "E113", f"hessian_trace: least_probes is {self.least_probes}; give 2 to probes ({self.probes})"
-            )
-        if self.probing == "layer" and self.product == "finite_difference":
-            raise InputError(
-                "E113", "hessian_trace: finite differences probe all layers at once", advice='set probing = "joint"'
             )
 
     def refuses(self, model: Model) -> str:
@@ -111,8 +118,7 @@ class HessianTrace:
                 math.fsum(0.5 * probe[column[x.name]] / x.weights * errors[x.name, fmt] for x in decision.layers)
                 for probe in traces
             ]
-            mean = math.fsum(per_probe) / count
-            return Cell(mean, math.sqrt(math.fsum((x - mean) ** 2 for x in per_probe) / (count - 1) / count))
+            return mean_cell(per_probe)
 
         return build_table(
             layers, formats, cell, unit="nats/token", samples=count, source={"estimator": "hessian_trace"}
@@ -154,8 +160,7 @@ class HessianTrace:
             while True:
                 signs = [random_signs(weight, generator) for weight in weights]
                 found = [math.nan] * len(layers)
-                groups = [[i] for i in used] if self.probing == "layer" else [used]
-                for group in groups:
+                for group in self._groups(used):
                     products = torch.autograd.grad(
                         [gradients[i] for i in group],
                         [weights[i] for i in group],
@@ -167,6 +172,10 @@ class HessianTrace:
                         found[i] = float((product * signs[i]).sum(dtype=torch.float64))
                 yield found
 
+    def _groups(self, used: list[int]) -> list[list[int]]:
+        """Which layers share a product."""
+        return [[i] for i in used] if self.probing == "layer" else [used]
+
     def _by_difference(
         self, model: Model, batch: Any, layers: Sequence[Layer], generator: torch.Generator
     ) -> Iterator[list[float]]:
@@ -176,21 +185,24 @@ class HessianTrace:
         step = self.step * math.sqrt(squares / sum(weight.numel() for weight in weights))
 
         def estimate(signs: list[Tensor], h: float) -> list[float]:
-            moved = {x: w.detach() + h * v for x, w, v in zip(layers, weights, signs, strict=True)}
-            with swapped(model, moved):
-                there = torch.autograd.grad(model.loss(batch), weights, allow_unused=True)
-            return [
-                math.nan if a is None or b is None else float(((b - a) * v).sum(dtype=torch.float64)) / h
-                for a, b, v in zip(start, there, signs, strict=True)
-            ]
+            found = [math.nan] * len(layers)
+            for group in self._groups([i for i, g in enumerate(start) if g is not None]):
+                with swapped(model, {layers[i]: weights[i].detach() + h * signs[i] for i in group}):
+                    there = torch.autograd.grad(model.loss(batch), [weights[i] for i in group])
+                for i, gradient in zip(group, there, strict=True):
+                    found[i] = float(((gradient - start[i]) * signs[i]).sum(dtype=torch.float64)) / h
+            return found
 
         signs = [random_signs(weight, generator) for weight in weights]
+        slope = math.fsum(float(g.abs().sum(dtype=torch.float64)) for g in start if g is not None)
         found = estimate(signs, step)
         for _ in range(8):
             finer = estimate(signs, step / 2)
             step /= 2
             change = math.fsum(abs(a - b) for a, b in zip(found, finer, strict=True) if not math.isnan(a))
-            settled = change <= self.tolerance * math.fsum(abs(b) for b in finer if not math.isnan(b))
+            # A probe can meet no curvature at all; then only the rounding of the gradients is left to compare.
+            rounding = 1e-6 * slope / step
+            settled = change <= _SETTLED * math.fsum(abs(b) for b in finer if not math.isnan(b)) + rounding
             found = finer
             if settled:
                 break

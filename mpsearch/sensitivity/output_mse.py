@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mpsearch.format import Format
-from mpsearch.layer import Layer, decisions
+from mpsearch.layer import Layer
 from mpsearch.model.model import Model
 from mpsearch.sensitivity.assemble import Cell, Deltas, build_table
 from mpsearch.tables import SensitivityTable
@@ -57,8 +57,8 @@ class OutputMse:
         vectors = {layer.name: 0 for layer in layers}
 
         def watch(layer: Layer) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-                x = args[0]
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+                x = args[0] if args else next(iter(kwargs.values()))
                 clean = linear_part(module, x, model.weight(layer.name))
                 outputs[layer.name] += _squared(clean)
                 vectors[layer.name] += clean.numel() // layer.rows if layer.kind != "embedding" else x.numel()
@@ -69,7 +69,7 @@ class OutputMse:
             return hook
 
         handles = [
-            model.module.get_submodule(name).register_forward_hook(watch(layer))
+            model.module.get_submodule(name).register_forward_hook(watch(layer), with_kwargs=True)
             for layer in layers
             for name in (layer.name, *layer.shared)
         ]
@@ -89,7 +89,6 @@ class OutputMse:
                 total += (error / (outputs[layer.name] if self.relative else vectors[layer.name])) if error else 0.0
             return Cell(total)
 
-        assert decisions(layers)
         unit = "relative squared output error" if self.relative else "squared output error/token"
         return build_table(layers, formats, cell, unit=unit, samples=1, source={"estimator": "output_mse"})
 

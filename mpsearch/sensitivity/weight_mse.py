@@ -30,7 +30,7 @@ class WeightMse:
     >>> model = mp.wrap(torch.nn.Sequential(torch.nn.Linear(4, 1, bias=False)))
     >>> _ = model.module[0].weight.data.copy_(torch.tensor([[3.0, 1.0, 0.4, -1.6]]))
     >>> round(float(mp.score(model, [], ["int3-channel"], "weight_mse").value[0, 0]), 4)
-    0.52
+    0.32
     """
 
     relative: bool = False

@@ -176,7 +176,7 @@ def _ask_cbc(programme: pulp.LpProblem, seconds: float, *options: str) -> tuple[
     settings = ["randomSeed 1", "increment 1e-9", f"integerTolerance {_TOLERANCE}", *options]
     # No threads are asked for: with one, CBC waits 10 seconds now and then.
     solver = pulp.COIN_CMD(
-        path=_cbc_path(), msg=False, gapRel=0.0, gapAbs=0.0, timeLimit=max(seconds, 0.01), options=settings
+        path=_cbc_path(), msg=False, gapRel=0.0, gapAbs=0.0, timeLimit=min(max(seconds, 0.01), 1e9), options=settings
     )
     # PuLP leaves its files behind when CBC crashes.
     with tempfile.TemporaryDirectory() as folder:

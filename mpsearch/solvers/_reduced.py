@@ -62,7 +62,8 @@ class Reduced:
         floor = np.where(keep, problem.loss, np.inf).min(axis=1, initial=np.inf)
         excess = np.where(keep, problem.loss - floor[:, None], np.inf)
         shift = int(np.frexp(excess.max(initial=0.0, where=keep))[1])
-        excess = np.ldexp(excess, -shift)
+        # Adding zero turns -0.0, which has other bits, into 0.0.
+        excess = np.ldexp(excess, -shift) + 0.0
         use, low = np.zeros((2, *cost.shape), dtype=np.int64)
         slack = np.zeros(len(kept), dtype=np.int64)
         unit = []

@@ -48,7 +48,8 @@ class Bound:
     ``L(p) = sum_i min_f (loss[i,f] + sum_r p[r] cost[r,i,f]) - sum_r p[r] limit[r]`` is, for any prices ``p >= 0``, no
     larger than the loss of any choice that fits. It is concave and piecewise linear; its maximum is found by cutting
     planes. The maximum equals that of the linear relaxation with limits rounded down to what whole steps of cost can
-    reach; with one budget the gap is at most the largest spread of loss in one row, however many rows there are. Losses and bounds in the unit of the table; lower is better.
+    reach; with one budget it is below the optimum by no more than the largest spread of loss in one row, however
+    many rows there are. Losses and bounds in the unit of the table; lower is better.
 
     Cost: one pass over the R N F cells per round, some 10 to 40 rounds, and a linear programme of R + 1 variables.
     Memory: a few copies of the cells.
@@ -120,7 +121,13 @@ def polish(reduced: Reduced, dual: Dual) -> Ints | None:
 
 
 def maximise(reduced: Reduced, resources: int, rounds: int = 100) -> Dual:
-    """Maximise the Lagrangian bound by cutting planes."""
+    """Maximise the Lagrangian bound by cutting planes.
+
+    Args:
+        reduced: the problem.
+        resources: how many resources the problem had before it was reduced.
+        rounds: most cutting planes.
+    """
     walk = _Walk(reduced)
     walk.visit(np.zeros(len(reduced.slack)))
     if not walk.done and len(reduced.slack):

@@ -49,15 +49,21 @@ class RandomFill:
             return Solution.without(problem, "infeasible" if proven else "unsolved", "random")
         generator = np.random.default_rng(self.seed)
         rows = np.arange(len(choice))
+        slack = 1e-9 * np.where(np.isfinite(problem.limit), np.abs(problem.limit), 0.0)
         used = problem.cost[:, rows, choice].sum(axis=1)
 
         def try_to_take(row: int, column: int) -> bool:
             nonlocal used
             after = used + problem.cost[:, row, column] - problem.cost[:, row, choice[row]]
-            # Float sums may drift by a rounding; what is kept is checked exactly at the end.
-            if not bool((after <= problem.limit).all()):
+            if not bool((after <= problem.limit + slack).all()):
                 return False
-            choice[row], used = column, after
+            before = choice[row]
+            choice[row] = column
+            # Float sums drift by roundings; close to a limit only the exact sum decides.
+            if not bool((after <= problem.limit - slack).all()) and not problem.fits(choice):
+                choice[row] = before
+                return False
+            used = after
             return True
 
         for _ in range(self.rounds):

@@ -32,7 +32,7 @@ def small_classifier() -> tuple[Model, list[Any], Layers]:
     model = Model(
         module, loss=lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]), logits=lambda m, b: m(b[0]), name="small"
     )
-    return model, batches, find_layers(model, batches[0])
+    return model, batches, find_layers(model, batches)
 
 
 def same(a: SensitivityTable, b: SensitivityTable) -> bool:

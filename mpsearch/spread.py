@@ -1,0 +1,51 @@
+"""Means and their standard errors, honest for few samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+_NORMAL = 1.959963984540054
+# Student's 97.5 % quantile where the expansion below is not good enough.
+_FEW = {1: 12.706204736432095, 2: 4.302652729911275, 3: 3.182446305284263, 4: 2.7764451051977987}
+
+
+def student_factor(freedom: int) -> float:
+    """How much wider Student's 95 % interval is than the normal one.
+
+    Standard errors are multiplied by it, so that plus or minus 1.96 of them covers 95 % for few samples as well.
+
+    Args:
+        freedom: degrees of freedom, samples - 1.
+
+    >>> round(student_factor(7), 3), round(student_factor(1000), 3)
+    (1.206, 1.001)
+    """
+    if freedom in _FEW:
+        return _FEW[freedom] / _NORMAL
+    # Cornish and Fisher's expansion in 1 / freedom; within 0.2 % from 5 on.
+    z, n = _NORMAL, freedom
+    quantile = (
+        z
+        + (z**3 + z) / (4 * n)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+    )
+    return quantile / z
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of independent samples and its standard error, widened for few samples (`student_factor`).
+
+    The error of a single sample is NaN: it is not known.
+
+    >>> mean, error = mean_and_error([1.0, 2.0, 3.0])
+    >>> mean, round(error / student_factor(2), 4)
+    (2.0, 0.5774)
+    """
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count < 2:
+        return mean, math.nan
+    variance = math.fsum((x - mean) ** 2 for x in values) / (count - 1)
+    return mean, math.sqrt(variance / count) * student_factor(count - 1)
