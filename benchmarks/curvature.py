@@ -26,6 +26,7 @@ from mpsearch.model.model import load_model
 from mpsearch.model.source import Source
 from mpsearch.sensitivity.divergence import Divergence
 from mpsearch.sensitivity.hessian_trace import HessianTrace
+from mpsearch.spec import DEFAULT_FORMATS
 
 
 def seconds(work: Callable[[], object], repeat: int) -> float:
@@ -57,10 +58,10 @@ def main() -> None:
     base = seconds(lambda: torch.autograd.grad(model.loss(batch), weights), 7)
     print(f"forward and backward, 2 x {args.length} tokens: {base:.3f} s")
 
-    for settings in ({}, {"product": "finite_difference"}):
+    for settings in ({}, {"product": "double_backward"}):
         estimator = HessianTrace(probes=16, least_probes=16, **settings)
         used = seconds(lambda e=estimator: e.traces(model, batch, layers), 3)
-        name = settings.get("product", "double_backward")
+        name = settings.get("product", "finite_difference")
         print(f"joint, {name}: {used / 16 / base:.2f} x forward and backward per probe, over 16 probes")
 
     start = time.perf_counter()
@@ -84,7 +85,7 @@ def main() -> None:
     both = (joint.mean(axis=0) > 0) & (single.mean(axis=0) > 0)
     print(f"{np.corrcoef(np.log(joint.mean(axis=0)[both]), np.log(single.mean(axis=0)[both]))[0, 1]:.3f}")
 
-    formats = parse_formats(["int3-g64", "int4-g64", "int8-channel"])
+    formats = parse_formats(DEFAULT_FORMATS)
     fast, full = Divergence(), Divergence(reuse=False)
     fast.score(model, batches, layers, formats[:1])
     a = seconds(lambda: fast.score(model, batches, layers, formats), 3)
