@@ -8,6 +8,7 @@ from mpsearch.errors import InputError
 
 #: How the model is named where a folder is asked for.
 BUNDLED = "bundled:tiny-llama"
+PREFIX = "bundled:"
 
 
 def bundled_model() -> Path:
@@ -27,4 +28,6 @@ def resolve_model(source: str, base: Path) -> str:
     """Turn a model's name into an absolute folder: ``bundled:tiny-llama``, or a path relative to ``base``."""
     if source == BUNDLED:
         return str(bundled_model())
+    if source.startswith(PREFIX):
+        raise InputError("E101", f"model '{source}' is not bundled; did you mean '{BUNDLED}'?")
     return str((base / Path(source).expanduser()).resolve())

@@ -214,21 +214,38 @@ class Planner:
         return replace(plan, predicted=Predicted(math.fsum(values), spread, scores.unit, cost=plan.cost))
 
     def uniform(self) -> Iterator[Labelled]:
-        """One plan per format of the menu; a layer that cannot take it gets the next larger format that it can."""
+        """One plan per format of the menu that fits some layer; pins hold in it as in every plan.
+
+        A decision that cannot take the format gets the next larger one that it can.
+        """
         by_size = sorted(self.menu, key=lambda fmt: fmt.bits)
         for fmt in self.menu:
+            if fmt in self.misfits:
+                continue
             larger = [f for f in by_size if f.bits >= fmt.bits] + [f for f in reversed(by_size) if f.bits < fmt.bits]
-            yield Labelled(f"uniform {fmt}", self._priced(BitPlan.uniform(self.layers, fmt, larger, self.model)))
+            plan = BitPlan.uniform(self.layers, fmt, larger, self.model)
+            pinned = {
+                layer.name: Format.parse(self.pins[row.name])
+                for row in self.layers.decisions
+                if row.name in self.pins
+                for layer in row.layers
+            }
+            yield Labelled(f"uniform {fmt}", self._priced(replace(plan, formats={**plan.formats, **pinned})))
+
+    @cached_property
+    def misfits(self) -> tuple[Format, ...]:
+        """Formats of the menu that no layer can take."""
+        return tuple(fmt for fmt in self.menu if all(fmt.refuses(layer) for layer in self.layers))
 
     def sweep(self, scores: SensitivityTable, budgets: Sequence[Budget], points: int) -> Iterator[Labelled]:
-        """Plans for budgets of weights at even distances between the least and the most that plans can take."""
+        """Plans for budgets of weights at even distances, strictly between the least and the most possible."""
         weights = self.costs[0]
         others = [b for b in budgets if b.resource != "weights"]
         table = weights.value + self.mask
         least = math.fsum(np.nanmin(table, axis=1)) + weights.fixed
         most = math.fsum(np.nanmax(table, axis=1)) + weights.fixed
         for k in range(points):
-            limit = int(least + (most - least) * k / max(points - 1, 1))
+            limit = int(least + (most - least) * (k + 1) / (points + 1))
             try:
                 yield Labelled("mixed", self.mixed(scores, [Budget("weights", Fraction(limit), "B"), *others]))
             except InfeasibleError:

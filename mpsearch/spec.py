@@ -112,7 +112,7 @@ class StudySpec:
         unknown = [name for name in values if name not in {f.name for f in fields(cls)}]
         missing = [name for name in ("model", "calibration") if not values.get(name)]
         if missing and not unknown:
-            raise InputError("E106", f"'{missing[0]}' is missing", advice=f"set {missing[0]}")
+            raise InputError("E106", f"'{missing[0]}' is missing", advice=_GIVE[missing[0]])
         found = dict(values)
         if unknown:
             return cls.of_values(**found)
@@ -217,6 +217,10 @@ class StudySpec:
         return {name: value for name, value in self.to_json().items() if name not in _NOT_THE_QUESTION}
 
 
+_GIVE = {
+    "model": "give a Hugging Face folder, or bundled:tiny-llama",
+    "calibration": "give a .txt or .jsonl file, or stdlib:calibration (on the command line: --calib)",
+}
 _TYPES: Mapping[str, type] = {
     "int": int, "str": str, "bool": bool,
 }  # fmt: skip

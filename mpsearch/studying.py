@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -149,6 +150,9 @@ class Study:
     def _run(self, planner: Planner, survey: Survey, executor: Executor) -> bool:
         """Score, solve, measure; say whether every plan could be measured."""
         self.notices += [*survey.notices, *layer_notices(survey.layers)]
+        self.notices += [
+            Notice("W131", f"{fmt} fits no layer: {fmt.refuses(survey.layers[0])}") for fmt in planner.misfits
+        ]
         for position, table in enumerate(planner.costs):
             self.store.put("cost", table.key, table.to_json())
             self.store.link(self.name, "cost", table.key, table.resource, position)
@@ -290,6 +294,11 @@ class Study:
         return SensitivityTable.from_json(self._only("scores"))
 
     @property
+    def scored(self) -> bool:
+        """Whether there are scores to solve on."""
+        return bool(self.store.links(self.name, "scores"))
+
+    @property
     def costs(self) -> list[CostTable]:
         """The stored cost tables, weights first."""
         return [CostTable.from_json(body) for _, body in self._linked("cost")]
@@ -336,7 +345,8 @@ class Study:
     def _only(self, kind: str) -> Mapping[str, Any]:
         found = self._linked(kind)
         if not found:
-            advice = f"mpsearch resume {self.name}"
+            where = "" if self.spec.storage == StudySpec.storage else f" --storage {shlex.quote(self.spec.storage)}"
+            advice = f"mpsearch resume {shlex.quote(self.name)}{where}"
             if self.store.study(self.name).state == "complete":
                 advice = "its budget held the whole model; start another study with a smaller one"
             raise InputError("E143", f"study '{self.name}' has no {kind}", advice=advice)

@@ -122,6 +122,8 @@ def test_layers_lists_what_is_decided_and_what_is_not(
     [
         (["run", "nowhere", "--calib", "x.txt", "--budget", "4 bits"], 3, "E101"),
         (["run", "stduy.toml"], 3, "E101"),
+        (["run", "smal-llama.toml"], 3, "E101"),
+        (["run", "bundled:tiny-lama", *TEXT, "--budget", "4 bits"], 3, "did you mean 'bundled:tiny-llama'"),
         (["run", "{model}", "--budget", "4 bits"], 3, "'calibration' is missing"),
         (["run", "{model}", "--calib", "none.txt", "--budget", "4 bits", "--name", "new"], 3, "E101"),
         (["run", "{model}", *TEXT], 3, "E111"),
@@ -163,11 +165,12 @@ def kept_cells(database: Path) -> int:
 
 def test_ctrl_c_pauses_and_says_how_to_go_on(small_llama: Path, tmp_path: Path) -> None:
     line = [sys.executable, "-m", "mpsearch.cli.main", "run", str(small_llama), *TEXT, "--budget", "4 bits"]
-    more = ["--tokens", "65536", "--length", "32", "--workers", "2", "--name", "long one"]
+    more = ["--tokens", "16384", "--length", "32", "--workers", "2", "--name", "long one"]
     process = subprocess.Popen([*line, *more], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not kept_cells(tmp_path / "mpsearch.db"):
         time.sleep(0.1)
+    assert kept_cells(tmp_path / "mpsearch.db"), "the run scored nothing in two minutes"
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
     assert process.returncode == 130

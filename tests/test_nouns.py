@@ -309,3 +309,36 @@ def test_patterns_that_match_nothing_offer_the_closest() -> None:
     assert [layer.name for layer in MODEL.match("[ab]")] == ["a", "b"]
     with pytest.raises(mp.InputError, match="E120"):
         MODEL.match("zz*")
+
+
+def verdict_of(mixed: float, uniform: float, size: int) -> str:
+    from mpsearch.planning import Labelled
+    from mpsearch.verdict import verdict
+
+    plan = BitPlan(MODEL, dict.fromkeys(("a", "b", "c"), Format.parse("int4-g32")))
+    points = [
+        Measurement(plan.assignment, "mixed", mixed, 0.01, "nats/token", {"weights": 1000}),
+        Measurement("small", "uniform int3-g32", 1.0, 0.01, "nats/token", {"weights": 700}),
+        Measurement("large", "uniform int4-g32", uniform, 0.01, "nats/token", {"weights": size}),
+    ]
+    return verdict(Labelled("mixed", plan), points)[0]
+
+
+def test_the_verdict_looks_at_uniform_plans_a_hair_larger() -> None:
+    assert verdict_of(0.5, 0.2, 1005).startswith("Mixing does not pay here")
+    assert "0.50 % larger" in verdict_of(0.5, 0.2, 1005)
+    assert verdict_of(0.5, 0.8, 1005).startswith("Mixing pays: 0.5")
+    assert "uniform int4-g32" in verdict_of(0.5, 0.8, 1005)
+    assert "uniform int3-g32" in verdict_of(0.5, 0.2, 1200)
+    assert verdict_of(0.5, 0.5, 1000).startswith("Mixing makes no measurable difference")
+
+
+def test_paired_losses_are_compared_sequence_by_sequence() -> None:
+    from mpsearch.verdict import difference_error
+
+    def with_samples(*samples: float) -> Measurement:
+        return Measurement("p", "mixed", 1.0, 0.5, "nats/token", {}, data={"digest": "d"}, samples=samples)
+
+    a, b = with_samples(1.0, 2.0, 3.0), with_samples(1.5, 2.5, 3.5)
+    assert difference_error(a, b) == pytest.approx(0.0, abs=1e-12)
+    assert difference_error(a, with_samples(1.0)) == pytest.approx(math.hypot(0.5, 0.5))

@@ -149,6 +149,19 @@ def test_pins_hold_and_cost(small_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(mp.InfeasibleError) as found:
         study.plan("weights <= 4 bits")
     assert "pinned" in found.value.because
+    uniform = next(x.plan for x in study.plans if x.label == "uniform int4-g64")
+    assert {str(uniform.formats[f"model.layers.{i}.self_attn.q_proj"]) for i in (0, 1)} == {"int8-channel", "int4-g64"}
+
+
+def test_a_format_that_fits_no_layer_is_said_to(small_llama: Path, tmp_path: Path) -> None:
+    study = mp.study(
+        **study_settings(
+            small_llama, tmp_path, formats=["int4-g64", "int4-g48", "int8-channel"], points=0, budgets=["5 bits"]
+        )
+    )
+    study.run()
+    assert [n.message[:8] for n in study.notices if n.code == "W131"] == ["int4-g48"]
+    assert "uniform int4-g48" not in {m.label for m in study.measurements}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 import time
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mpsearch.bundled import PREFIX
 from mpsearch.cli.options import (
     DEFAULT_STORAGE,
     Budgets,
@@ -20,7 +22,7 @@ from mpsearch.cli.options import (
     storage_option,
     worker_count,
 )
-from mpsearch.errors import MpsearchError, UsageError
+from mpsearch.errors import InputError, MpsearchError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from mpsearch.studying import Study
@@ -69,6 +71,14 @@ def run(
         "pins": _pins(pin) if pin else None, "trust_remote_code": trust_remote_code or None, "workers": workers,
     }  # fmt: skip
     values: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if not what.startswith(PREFIX) and not Path(what).exists():
+        folder = Path(what).parent
+        around = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        raise InputError(
+            "E101",
+            f"'{what}' not found{did_you_mean(Path(what).name, around)}",
+            advice="give a study file (.toml), a model folder, or bundled:tiny-llama",
+        )
     if what.endswith(".toml"):
         spec = StudySpec.load(what, **values)
     else:
@@ -197,9 +207,11 @@ def _present(study: Study, seconds: float) -> None:
     for line in verdict(chosen, measurements):
         out.print(safe(line), markup=False)
     report, plan = write_outputs(study)
-    storage = "" if study.spec.storage == DEFAULT_STORAGE else f" --storage {shlex.quote(study.spec.storage)}"
+    storage = storage_option(study.spec.storage)
+    # Half a bit more than the chosen plan has can always be kept.
+    budget = f"weights <= {math.ceil(10 * chosen.plan.bits) / 10 + 0.5:.1f} bits"
+    solve = f"mpsearch solve {shlex.quote(study.name)} --budget '{budget}'{storage}\n        " if study.scored else ""
     sys.stdout.write(
         f"\nreport  {report}\nplan    {plan}\n"
-        f"next    mpsearch solve {shlex.quote(study.name)} --budget 'weights <= 3.5 bits'{storage}\n"
-        f"        mpsearch export {shlex.quote(study.name)} --to native --out exported{storage}\n"
+        f"next    {solve}mpsearch export {shlex.quote(study.name)} --to native --out exported{storage}\n"
     )

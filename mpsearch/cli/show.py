@@ -45,7 +45,7 @@ def _table(title: str, *columns: tuple[str, str]) -> Table:
 def front_table(measurements: Sequence[Measurement], front: ParetoFront, weights: int, chosen: str) -> Table:
     """Measured plans, cheapest first: those on the front, and the uniform ones beside them."""
     table = _table(
-        "Measured plans (validation text; loss is KL to the original model; lower is better)",
+        "Measured plans: KL to the original on validation text, lower is better; ► chosen, • on the front",
         ("", "left"),
         ("plan", "left"),
         ("bits/weight", "right"),

@@ -43,7 +43,8 @@ def solve(
         spread = "" if predicted.spread is None else f" ± {predicted.spread:.2g}"
         sys.stdout.write(f"predicted   {predicted.loss:.5g}{spread} {predicted.unit}\n")
     if predicted.gap is not None:
-        sys.stdout.write(f"gap         {100 * predicted.gap:.3g} % (bound {predicted.bound:.5g})\n")
+        proven = "0 (proven least)" if predicted.gap <= 1e-9 else f"{100 * predicted.gap:.3g} % of the loss"
+        sys.stdout.write(f"gap         {proven}, bound {predicted.bound:.5g}\n")
     if out is not None:
         sys.stdout.write(f"plan        {out}\n")
 
@@ -131,6 +132,8 @@ def export(
             raise InputError(
                 "E302", f"the plan is for another model than '{source}'", advice="give the model's folder: --model"
             )
+    if to == "native" and weights and loaded is None:
+        sys.stderr.write("no weights are written: name the model's folder with --model, or pass --no-weights\n")
     for path in exporter.write(plan, out, loaded):
         sys.stdout.write(f"{path}\n")
 

@@ -23,6 +23,9 @@ from mpsearch.plan import BitPlan
 from mpsearch.tables import SensitivityTable
 from mpsearch.tasks import Failed, MeasureTask, ScoreTask, Setup, Survey, SurveyTask, Task
 
+#: Fewer sequences than this give a rough standard error.
+FEW = 8
+
 
 @dataclass
 class Workbench:
@@ -75,7 +78,12 @@ class Workbench:
                 advice="more validation tokens, or a shorter length",
             )
         layers = find_layers(model, calibration, setup.ties)
-        return cls(model, calibration, validation, layers, calibration.notices + validation.notices)
+        notices = calibration.notices + validation.notices
+        sequences = sum(len(batch["input_ids"]) for batch in validation)
+        if sequences < FEW:
+            text = f"plans are measured on {sequences} sequences only: losses and their errors are rough"
+            notices += (Notice("W505", f"{text}; more validation tokens, or a shorter length"),)
+        return cls(model, calibration, validation, layers, notices)
 
     def run(self, task: Task) -> Survey | SensitivityTable | Measurement | Failed:
         """Do one task on one thread, so that its result is the same on every worker."""
