@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 from mpsearch import registry
-from mpsearch.budget import Budget, parse_budgets
 from mpsearch.errors import InputError, Notice
-from mpsearch.front import Measurement, ParetoFront
+from mpsearch.front import ParetoFront
 from mpsearch.keys import content_key
 from mpsearch.machine import fingerprint
-from mpsearch.model.checkpoint import find_folder, folder_digest
-from mpsearch.model.source import source_digest
 from mpsearch.notices import layer_notices, score_notices
 from mpsearch.plan import BitPlan
 from mpsearch.planning import Labelled, Planner
 from mpsearch.ports import Executor, Store
 from mpsearch.scoring import Scoring
 from mpsearch.spec import StudySpec
-from mpsearch.tables import CostTable, SensitivityTable
+from mpsearch.stored_study import StoredStudy
+from mpsearch.tables import SensitivityTable
 from mpsearch.tasks import Failed, MeasureTask, Survey, SurveyTask
 
 Report = Callable[[str, int, int], None]
 EVALUATOR = "kl"
 
 
-class Study:
+class Study(StoredStudy):
     """A question and all that is known of its answer.
 
     Every value is kept in the store under its key, so a run that was stopped goes on where it was, and a second
@@ -60,23 +56,11 @@ class Study:
             identity: digests of ``model``, ``calibration`` and ``validation`` that go with ``work``.
             report: called with (phase, done, total).
         """
-        self.spec = spec
-        self.store = store
+        super().__init__(spec, store, identity)
         self.notices: list[Notice] = []
         self.computed = 0
         self._work = work
-        self._given = identity
         self._report: Report = report or (lambda phase, done, total: None)
-
-    @property
-    def name(self) -> str:
-        """Name of the study."""
-        return self.spec.name
-
-    @property
-    def budgets(self) -> tuple[Budget, ...]:
-        """The study's own budgets."""
-        return parse_budgets(self.spec.budgets)
 
     def run(self) -> ParetoFront:
         """Score, solve and measure whatever is missing, and return the measured front.
@@ -255,99 +239,3 @@ class Study:
         for result in executor.map(work, tasks):
             self.computed += 1
             yield result
-
-    @cached_property
-    def identity(self) -> Mapping[str, str]:
-        """Digests of the model, the calibration text and the validation text."""
-        if self._given is not None:
-            return self._given
-        setup = self.spec.setup
-        return {
-            "model": folder_digest(find_folder(setup.model)),
-            "calibration": source_digest(setup.calibration),
-            "validation": source_digest(setup.validation),
-        }
-
-    def _model_entry(self, survey: Survey) -> dict[str, str]:
-        name = self.spec.model.rstrip("/").rpartition("/")[2]
-        return {"name": name, "digest": self.identity["model"], "architecture": survey.architecture}
-
-    # What follows reads the store only.
-
-    def _linked(self, kind: str) -> list[tuple[str, Mapping[str, Any]]]:
-        links = self.store.links(self.name, kind)
-        bodies = self.store.get_many(kind, [link.key for link in links])
-        return [(link.label, bodies[link.key]) for link in links if link.key in bodies]
-
-    @property
-    def survey(self) -> Survey:
-        """What was found in the model.
-
-        Raises:
-            InputError: the study has not come that far (E143).
-        """
-        return Survey.from_json(self._only("survey"))
-
-    @property
-    def scores(self) -> SensitivityTable:
-        """The stored scores (raises as `survey`)."""
-        return SensitivityTable.from_json(self._only("scores"))
-
-    @property
-    def scored(self) -> bool:
-        """Whether there are scores to solve on."""
-        return bool(self.store.links(self.name, "scores"))
-
-    @property
-    def costs(self) -> list[CostTable]:
-        """The stored cost tables, weights first."""
-        return [CostTable.from_json(body) for _, body in self._linked("cost")]
-
-    @property
-    def plans(self) -> list[Labelled]:
-        """The study's plans, the one for its own budgets first."""
-        return [Labelled(label, BitPlan.from_json(body)) for label, body in self._linked("plan")]
-
-    @property
-    def measurements(self) -> list[Measurement]:
-        """All measured plans of the study, each with its label; the plan for its own budgets first."""
-        return [Measurement.from_json({**body, "label": label}) for label, body in self._linked("measurement")]
-
-    @property
-    def front(self) -> ParetoFront:
-        """The measured front over the bytes of weights."""
-        return ParetoFront.of(self.measurements)
-
-    def plan(self, *budgets: str) -> BitPlan:
-        """Solve on the stored scores; neither the model nor torch is loaded.
-
-        Args:
-            budgets: budgets to keep; the study's own when none is given.
-
-        Raises:
-            InfeasibleError: no plan keeps them (E201, E203).
-            InputError: not budgets (E111, E112), or the study has no scores yet (E143).
-        """
-        wanted = parse_budgets(budgets) if budgets else self.budgets
-        survey = self.survey
-        model = dict(self._model_of_plans() or self._model_entry(survey))
-        planner = Planner(self.spec, survey.layers, model)
-        if planner.holds_all(wanted) is not None:
-            return planner.at_16_bits()
-        plan = planner.mixed(self.scores, wanted)
-        self.store.put("plan", plan.key, plan.to_json())
-        return plan
-
-    def _model_of_plans(self) -> Mapping[str, str] | None:
-        plans = self.plans
-        return plans[0].plan.model if plans else None
-
-    def _only(self, kind: str) -> Mapping[str, Any]:
-        found = self._linked(kind)
-        if not found:
-            where = "" if self.spec.storage == StudySpec.storage else f" --storage {shlex.quote(self.spec.storage)}"
-            advice = f"mpsearch resume {shlex.quote(self.name)}{where}"
-            if self.store.study(self.name).state == "complete":
-                advice = "its budget held the whole model; start another study with a smaller one"
-            raise InputError("E143", f"study '{self.name}' has no {kind}", advice=advice)
-        return found[-1][1]
