@@ -187,7 +187,7 @@ def _run(spec: Any, quiet: bool) -> None:
 
 
 def _present(study: Study, seconds: float) -> None:
-    from mpsearch.cli.show import console, front_table, safe
+    from mpsearch.cli.show import console, front_table, layer_lines, safe
     from mpsearch.outputs import write_outputs
     from mpsearch.verdict import verdict
 
@@ -198,6 +198,8 @@ def _present(study: Study, seconds: float) -> None:
         f"{study.computed} tasks computed in {seconds:.1f} s",
         markup=False,
     )
+    for line in layer_lines(layers):
+        out.print(safe(f"  {line}"), markup=False)
     for notice in study.notices:
         out.print(safe(notice), markup=False)
     chosen, measurements = study.plans[0], study.measurements

@@ -94,6 +94,23 @@ def layers_table(layers: Layers) -> Table:
     return table
 
 
+def layer_lines(layers: Layers) -> list[str]:
+    """What can be decided, with the same layer of every block in one line.
+
+    >>> from mpsearch.layer import Layer
+    >>> layer_lines(Layers((Layer("h.0.fc", "linear", (4, 8)), Layer("h.1.fc", "linear", (4, 8)))))
+    ['2 x h.*.fc  4x8']
+    """
+    groups: dict[str, int] = {}
+    for decision in layers.decisions:
+        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", decision.name)
+        shared = "".join(f" = {other}" for layer in decision.layers for other in layer.shared)
+        shapes = ", ".join("x".join(map(str, layer.shape)) for layer in decision.layers)
+        line = f"{name}{shared}  {shapes}"
+        groups[line] = groups.get(line, 0) + 1
+    return [f"{count} x {line}" for line, count in groups.items()]
+
+
 def excluded_table(layers: Layers) -> Table:
     """What is left out, and why."""
     table = _table("Left out (kept as stored, and counted)", ("tensor", "left"), ("bytes", "right"), ("reason", "left"))
