@@ -167,12 +167,16 @@ def test_ctrl_c_pauses_and_says_how_to_go_on(small_llama: Path, tmp_path: Path) 
     line = [sys.executable, "-m", "mpsearch.cli.main", "run", str(small_llama), *TEXT, "--budget", "4 bits"]
     more = ["--tokens", "16384", "--length", "32", "--workers", "2", "--name", "long one"]
     process = subprocess.Popen([*line, *more], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not kept_cells(tmp_path / "mpsearch.db"):
-        time.sleep(0.1)
-    assert kept_cells(tmp_path / "mpsearch.db"), "the run scored nothing in two minutes"
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=30)
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not kept_cells(tmp_path / "mpsearch.db"):
+            time.sleep(0.1)
+        assert kept_cells(tmp_path / "mpsearch.db"), "the run scored nothing in two minutes"
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 130
     assert "mpsearch resume 'long one'" in error
     assert "Traceback" not in error

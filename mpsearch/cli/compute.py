@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import sys
 import time
@@ -178,7 +179,10 @@ def _run(spec: Any, quiet: bool) -> None:
                 else "the same command"
             )
             sys.stderr.write(f"paused; go on with: {again}\n")
-            raise typer.Exit(130) from None
+            sys.stderr.flush()
+            store.close()
+            # Python would wait for the threads of a pool that was ended in the middle, and that can take for ever.
+            os._exit(130)
         except MpsearchError:
             progress.end()
             raise

@@ -62,11 +62,20 @@ class Local:
                 future.cancel()
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers when they have done what they are doing."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    def abort(self) -> None:
+        """End the workers at once.
+
+        Does not wait: a pool whose workers were ended while work was on its way to them can wait for ever.
+        """
         if self._pool is not None:
             for process in list((self._pool._processes or {}).values()):
-                process.terminate()
-            self._pool.shutdown(wait=True, cancel_futures=True)
+                process.kill()
+            self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
 
     def __enter__(self) -> Local:
@@ -75,7 +84,10 @@ class Local:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if kind is not None and not issubclass(kind, Exception):
+            self.abort()
+        else:
+            self.close()
 
 
 def _start_worker() -> None:
