@@ -164,7 +164,10 @@ def kept_cells(database: Path) -> int:
 
 
 def test_ctrl_c_pauses_and_says_how_to_go_on(small_llama: Path, tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "mpsearch.cli.main", "run", str(small_llama), *TEXT, "--budget", "4 bits"]
+    # A shell's background jobs ignore Ctrl-C, and their children inherit that.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    code += "from mpsearch.cli.main import main; main()"
+    line = [sys.executable, "-c", code, "run", str(small_llama), *TEXT, "--budget", "4 bits"]
     more = ["--tokens", "16384", "--length", "32", "--workers", "2", "--name", "long one"]
     process = subprocess.Popen([*line, *more], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     try:
