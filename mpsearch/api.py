@@ -16,6 +16,7 @@ from mpsearch.front import Measurement, ParetoFront
 from mpsearch.layer import Layers
 from mpsearch.plan import BitPlan
 from mpsearch.problem import Problem, Solution
+from mpsearch.scoring import check_covers
 from mpsearch.spec import StudySpec
 from mpsearch.studying import Study
 from mpsearch.tables import CostTable, SensitivityTable
@@ -48,13 +49,14 @@ def wrap(module: Any, *, loss: Any = None, logits: Any = None, name: str = "") -
     return Model(module, loss=loss, logits=logits, name=name)
 
 
-def layers(model: Any, batch: Any = None, ties: Any = "auto") -> Layers:
+def layers(model: Any, batch: Any = None, ties: Any = "auto", *, caches: bool = False) -> Layers:
     """Find what can be decided in a model; ``.excluded`` says what cannot, and why.
 
     Args:
         model: a Hugging Face folder, a torch module or `wrap`'s result.
         batch: what to run once to count multiply-adds and find fused layers; language models need none.
         ties: ``auto``, ``none``, or lists of layer names or patterns, one list per tie.
+        caches: also list the KV caches, keys and values apart.
 
     >>> import torch
     >>> found = layers(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8)))
@@ -64,7 +66,7 @@ def layers(model: Any, batch: Any = None, ties: Any = "auto") -> Layers:
     from mpsearch.model.find import find_layers
     from mpsearch.model.model import as_model
 
-    return find_layers(as_model(model), () if batch is None else [batch], ties)
+    return find_layers(as_model(model), () if batch is None else [batch], ties, caches=caches)
 
 
 def batches(model: Any, text: str, *, tokens: int = 8192, length: int = 256, batch_size: int = 2) -> Any:
@@ -122,11 +124,15 @@ def score(
     refusal = chosen.refuses(found)
     if refusal:
         raise InputError("E506", f"estimator '{estimator}' cannot score '{found.name}': {refusal}")
+    menu = parse_formats(formats)
+    check_covers(estimator, menu)
+    found.calibrate(batches)
     if not batches and estimator != "weight_mse":
         raise InputError("E501", "there are no calibration batches")
     with one_thread():
-        what = layers if layers is not None else find_layers(found, batches or ())
-        table: SensitivityTable = chosen.score(found, batches, what, parse_formats(formats))
+        caches = any(fmt.family == "kv" for fmt in menu)
+        what = layers if layers is not None else find_layers(found, batches or (), caches=caches)
+        table: SensitivityTable = chosen.score(found, batches, what, menu)
     return table
 
 
@@ -180,23 +186,41 @@ def solve(loss: Any, cost: Any, limit: Any, solver: str = "auto", **settings: An
     return solution
 
 
-def measure(model: Any, plan: BitPlan | Mapping[str, str], data: Sequence[Any], *, label: str = "") -> Measurement:
+def measure(
+    model: Any,
+    plan: BitPlan | Mapping[str, str],
+    data: Sequence[Any],
+    *,
+    label: str = "",
+    calibration: Sequence[Any] = (),
+) -> Measurement:
     """Run a plan for real: KL divergence from the original model and loss on the data, with standard errors.
+
+    Weights, activations and KV caches are all rounded as the plan says.
 
     Args:
         model: a Hugging Face folder, a torch module or `wrap`'s result; its weights are put back bit for bit.
         plan: a plan, or layer name -> format for every layer.
         data: validation batches.
         label: what to call it.
+        calibration: batches for formats that are made from data (``-gptq``, ``-fisher``, ``-static``).
+
+    >>> import torch
+    >>> model = wrap(torch.nn.Sequential(torch.nn.Linear(8, 4)), logits=lambda module, batch: module(batch))
+    >>> measure(model, {"0": "int8-channel@int8-token"}, [torch.ones(2, 8)]).loss < 1e-3
+    True
     """
     from mpsearch.evaluate.workbench import one_thread
     from mpsearch.model.find import find_layers
     from mpsearch.model.model import as_model
 
     found = as_model(model)
+    if calibration:
+        found.calibrate(calibration)
     with one_thread():
         if not isinstance(plan, BitPlan):
-            what = find_layers(found, data)
+            caches = any(str(fmt).startswith("kv-") for fmt in plan.values())
+            what = find_layers(found, data, caches=caches)
             wrong = sorted(set(plan) ^ {layer.name for layer in what})
             if wrong:
                 raise InputError("E302", f"the plan names other layers than the model has: {', '.join(wrong[:5])}")
@@ -282,7 +306,8 @@ def _study_of_module(
         calibration, validation = calibration[:cut], calibration[cut:]
     settings.setdefault("name", found.name)
     spec = StudySpec.of_values(model=found.name, calibration="given", budgets=budget, **settings)
-    bench = Workbench(found, calibration, list(validation), find_layers(found, calibration, spec.ties))
+    what = find_layers(found, calibration, spec.ties, caches=bool(spec.kv))
+    bench = Workbench(found, calibration, list(validation), what)
     identity = {
         "model": found.digest,
         "calibration": digest_of(calibration),

@@ -1,4 +1,4 @@
-"""Budgets: ``RESOURCE <= AMOUNT UNIT``, exact from the text to the limit."""
+"""Budgets: ``RESOURCE <= AMOUNT UNIT [at CONDITION]``, exact from the text to the limit."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ _BYTES = {
     "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
 }  # fmt: skip
 _BOPS = {"BOPs": 1, "MBOPs": 10**6, "GBOPs": 10**9, "TBOPs": 10**12}
-_UNITS: dict[str, tuple[str, ...]] = {"weights": ("bits", "%", *_BYTES), "bops": ("%", *_BOPS)}
+_UNITS: dict[str, tuple[str, ...]] = {
+    "weights": ("bits", "%", *_BYTES), "bops": ("%", *_BOPS), "kv": ("%", *_BYTES),
+}  # fmt: skip
 _PATTERN = re.compile(
     r"\s*(?:(?P<resource>[A-Za-z_]+)\s*<=)?\s*(?P<amount>[-+]?[\d./]+(?:[eE][-+]?\d+)?|[^\s%A-Za-z]+|[A-Za-z]+)\s*(?P<unit>%|[A-Za-z]+)?\s*"
+    r"(?:\bat\s+(?P<at>.*))?"
 )
-_HELP = "write one like 'weights <= 4.25 bits', 'weights <= 3.5 GiB', 'weights <= 28 %' or 'bops <= 60 %'"
+_CONDITION = re.compile(r"context\s+(?P<context>\d+)(?:\s*,\s*batch\s+(?P<batch>\d+))?\s*")
+_HELP = "write one like 'weights <= 4.25 bits', 'weights <= 3.5 GiB', 'bops <= 60 %' or 'kv <= 2 GiB at context 8192'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,20 +32,22 @@ class Budget:
     """A resource and the most of it that a plan may use.
 
     Attributes:
-        resource: ``weights`` (every stored byte of the model) or ``bops``.
+        resource: ``weights`` (every stored byte of the model), ``bops``, or ``kv`` (the KV caches).
         amount: exact number in ``unit``.
         unit: ``bits`` per weight of the whole model, bytes such as ``GiB``, ``BOPs`` with a prefix, or ``%`` of the
-            model with 16-bit weights (and 16-bit activations for ``bops``).
+            model with 16-bit weights (and 16-bit activations for ``bops``, 16-bit caches for ``kv``).
+        condition: what a budget of ``kv`` holds for: ``at context 8192`` or ``at context 8192, batch 4``.
 
     >>> str(Budget.parse("weights<=4.25bits"))
     'weights <= 4.25 bits'
-    >>> Budget.parse("28%")
-    Budget(resource='weights', amount=Fraction(28, 1), unit='%')
+    >>> Budget.parse("28%").amount
+    Fraction(28, 1)
     """
 
     resource: str
     amount: Fraction
     unit: str
+    condition: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Budget:
@@ -75,10 +81,15 @@ class Budget:
                 f"budget '{text}': unit '{unit}' does not fit '{resource}'{did_you_mean(unit, _UNITS[resource])}",
                 advice=f"units of {resource}: {', '.join(_UNITS[resource])}",
             )
-        return cls(resource, amount, unit)
+        return cls(resource, amount, unit, _condition(text, resource, match["at"]))
 
     def __str__(self) -> str:
-        return f"{self.resource} <= {decimal_text(self.amount)} {self.unit}"
+        return f"{self.resource} <= {decimal_text(self.amount)} {self.unit} {self.condition}".rstrip()
+
+    @property
+    def priced_by(self) -> str:
+        """``resource`` of the cost table that the budget is read off: with its condition, where it has one."""
+        return f"{self.resource} {self.condition}".rstrip()
 
     def limit(self, cost: CostTable) -> int:
         """Return the largest whole cost, in the table's unit, that keeps the budget.
@@ -86,13 +97,37 @@ class Budget:
         Raises:
             ValueError: the table is of another resource.
         """
-        if cost.resource != self.resource:
-            raise ValueError(f"a budget of {self.resource} cannot be read off a table of {cost.resource}")
+        if cost.resource != self.priced_by:
+            raise ValueError(f"a budget of {self.priced_by} cannot be read off a table of {cost.resource}")
         if self.unit == "%":
             return math.floor(self.amount * Fraction(cost.reference) / 100)
         if self.unit == "bits":
             return math.floor(self.amount * cost.weights / 8)
         return math.floor(self.amount * {**_BYTES, **_BOPS}[self.unit])
+
+
+def _condition(text: str, resource: str, at: str | None) -> str:
+    if resource != "kv":
+        if at is not None:
+            raise InputError("E111", f"budget '{text}': only budgets of kv have a condition, not those of {resource}")
+        return ""
+    match = _CONDITION.fullmatch(at or "")
+    if match is None or not int(match["context"]) or not int(match["batch"] or 1):
+        problem = "does not say at what context" if at is None else f"'at {at}' is not a condition"
+        raise InputError(
+            "E111", f"budget '{text}': {problem}", advice="end it with: at context 8192, or at context 8192, batch 4"
+        )
+    batch = int(match["batch"] or 1)
+    return f"at context {int(match['context'])}" + (f", batch {batch}" if batch > 1 else "")
+
+
+def conditions(condition: str) -> dict[str, int]:
+    """Read a condition into settings of a target.
+
+    >>> conditions("at context 8192, batch 4")
+    {'context': 8192, 'batch': 4}
+    """
+    return {name: int(count) for name, count in re.findall(r"(context|batch) (\d+)", condition)}
 
 
 def decimal_text(amount: Fraction) -> str:

@@ -33,7 +33,7 @@ def check_budgets(budgets: Sequence[Budget], costs: Sequence[CostTable], mask: A
         InfeasibleError: E201, with the smallest limit that can be met and what the pins cost.
     """
     for budget in budgets:
-        table = next(t for t in costs if t.resource == budget.resource)
+        table = next(t for t in costs if t.resource == budget.priced_by)
         cheapest = np.where(np.isnan(mask), np.inf, table.value).min(axis=1)
         least = math.fsum(cheapest) + table.fixed
         if least <= budget.limit(table):
@@ -53,7 +53,8 @@ def check_budgets(budgets: Sequence[Budget], costs: Sequence[CostTable], mask: A
             because=why or f"what is not decided takes {in_unit(table.fixed, budget, table)} of it"
             if table.fixed
             else why,
-            advice=f"budget: {budget.resource} <= {smallest}, or offer smaller formats",
+            advice=f"budget: {' '.join([budget.resource, '<=', smallest, budget.condition]).rstrip()}, "
+            "or offer smaller formats",
         )
 
 
@@ -65,6 +66,6 @@ def in_unit(cost: float, budget: Budget, table: CostTable) -> str:
     elif budget.unit == "bits":
         amount = exact * 8 / table.weights
     else:
-        amount = exact / Budget(budget.resource, Fraction(1), budget.unit).limit(table)
+        amount = exact / Budget(budget.resource, Fraction(1), budget.unit, budget.condition).limit(table)
     rounded = Fraction(math.ceil(amount * 10_000), 10_000)
     return f"{decimal_text(rounded)} {budget.unit}"

@@ -1,43 +1,33 @@
-"""Number formats: what a weight can be stored in, and what that costs to the byte."""
+"""Number formats: what a part of a model can be stored or computed in, and what that costs to the byte.
+
+This file holds what all formats share. Each family has a file in `mpsearch.formats`, which says how its names read,
+what fits it and what it takes, and a codec in `mpsearch.model.codecs`, which rounds to it. Plug-ins add families
+through entry points of the group ``mpsearch.formats``.
+"""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from functools import lru_cache
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from mpsearch import registry
 from mpsearch.errors import InputError, did_you_mean
 from mpsearch.layer import Layer
 
-Family = Literal["float", "int"]
-Granularity = Literal["tensor", "channel", "group"]
-
-_FLOATS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-_FLOAT_BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
-_SCALE_BYTES = 2
-_PATTERN = re.compile(r"int(?P<bits>\d+)-(?P<grain>tensor|channel|g(?P<group>-?\d+))(?P<asym>-asym)?")
-_EXAMPLES = ("int4-g128", "int4-g128-asym", "int8-channel", "int8-tensor", "bf16", "fp16", "fp32")
+#: What rounding to a format must know beside the weight: nothing, ``2 X X^T`` of the layer's inputs, or how much the
+#: loss hangs on each weight.
+Needs = Literal["", "hessian", "importance"]
 
 
-@dataclass(frozen=True, slots=True)
-class Format:
+class Format(ABC):
     """A number format and its layout.
 
-    Integers are stored as ``bits``-bit codes, one fp16 scale per tensor, output channel or group of
-    ``group`` consecutive weights of an output channel, and for asymmetric ones a ``bits``-bit zero point
-    beside each scale. Each output channel's codes, and each channel's zero points, are padded to a whole byte.
-
-    Attributes:
-        family: ``int``, or ``float`` for a plain number type.
-        bits: bits of one code.
-        granularity: what shares one scale (``int`` only).
-        group: weights that share one scale, for ``granularity="group"``.
-        symmetric: codes run from ``-(2**(bits-1)-1)`` to ``2**(bits-1)-1`` with zero at 0; else from 0 to
-            ``2**bits-1`` with a stored zero point.
-        name_of_float: ``bf16``, ``fp16`` or ``fp32`` for the family ``float``.
+    A format is a value: equal ones compare equal, and ``Format.parse(str(fmt)) == fmt``. The classes of
+    `mpsearch.formats` are its families; `Joined` gives a layer's weight one format and its input another.
 
     >>> str(Format.parse("int4-g128-asym"))
     'int4-g128-asym'
@@ -45,98 +35,89 @@ class Format:
     8650752
     """
 
-    family: Family
-    bits: int
-    granularity: Granularity = "tensor"
-    group: int = 0
-    symmetric: bool = True
-    name_of_float: str = ""
+    __slots__ = ()
 
-    @classmethod
-    def parse(cls, text: str) -> Format:
+    #: Name of the family, as in the registry.
+    family: ClassVar[str]
+    #: Where its codec is: ``module:class``.
+    codec: ClassVar[str] = ""
+    #: Names that show the family's grammar.
+    examples: ClassVar[tuple[str, ...]] = ()
+    #: What it is for, in one line.
+    purpose: ClassVar[str] = ""
+
+    if TYPE_CHECKING:
+
+        @property
+        def bits(self) -> int:
+            """Bits of one code, scales left out."""
+
+    @staticmethod
+    def parse(text: str) -> Format:
         """Read a format as it prints.
 
         Args:
-            text: such as ``int4-g128``, ``int4-g128-asym``, ``int8-channel``, ``int8-tensor``, ``bf16``.
+            text: such as ``int4-g128``, ``nf4-b64``, ``mxfp4``, ``int4-g128@int8-token``, ``kv-int8-token``.
 
         Raises:
             InputError: unknown name (E109), or an impossible one (E110).
         """
-        if text in _FLOATS:
-            return cls("float", _FLOAT_BITS[text], name_of_float=text)
-        match = _PATTERN.fullmatch(text)
-        if match is None:
-            raise InputError(
-                "E109",
-                f"format '{text}' is not known{did_you_mean(text, _EXAMPLES)}",
-                advice=f"write one like {', '.join(_EXAMPLES)}",
-            )
-        bits = int(match["bits"])
-        if not 2 <= bits <= 8:
-            reason = (
-                "1 bit has no symmetric integer grid" if bits == 1 else f"{bits} bits is not an integer format here"
-            )
-            raise InputError("E110", f"format '{text}': {reason}; allowed 2 to 8, or bf16, fp16, fp32")
-        group = int(match["group"]) if match["group"] else 0
-        if match["group"] and group < 1:
-            raise InputError(
-                "E110",
-                f"format '{text}': a group of {group} weights is impossible",
-                advice="use g32, g64, g128 or channel",
-            )
-        grain: Granularity = "group" if match["group"] else "channel" if match["grain"] == "channel" else "tensor"
-        return cls("int", bits, grain, group, match["asym"] is None)
+        return _parse(text)
 
-    def __str__(self) -> str:
-        if self.family == "float":
-            return self.name_of_float
-        grain = f"g{self.group}" if self.granularity == "group" else self.granularity
-        return f"int{self.bits}-{grain}{'' if self.symmetric else '-asym'}"
+    @classmethod
+    @abstractmethod
+    def read(cls, text: str) -> Format | None:
+        """Read a name of this family; None when it is not one of its names.
+
+        Raises:
+            InputError: a name of this family for something impossible (E110).
+        """
+
+    @abstractmethod
+    def __str__(self) -> str: ...
 
     @property
-    def dtype(self) -> str:
-        """Number type of a plain float, such as ``bfloat16``; empty for integers."""
-        return _FLOATS.get(self.name_of_float, "")
+    def needs(self) -> Needs:
+        """What rounding must know beside the weight."""
+        return ""
+
+    @property
+    def idempotent(self) -> bool:
+        """Whether rounding twice changes nothing, bit for bit."""
+        return True
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether what is stored depends on calibration data."""
+        return bool(self.needs)
+
+    @property
+    def weight(self) -> Format:
+        """The format of the weight."""
+        return self
+
+    @property
+    def activation(self) -> Format | None:
+        """The format of the layer's input; None when it stays as it is."""
+        return None
 
     def refuses(self, layer: Layer) -> str:
-        """Say why a layer cannot take this format; empty when it can.
+        """Say why a layer cannot take this format, and what it could take; empty when it can.
 
         >>> Format.parse("int4-g128").refuses(Layer("fc", "linear", (10, 100)))
         '100 weights per output channel cannot be cut into groups of 128; use g100, g50, g25, g20 or channel'
         """
-        if self.granularity == "group" and layer.columns % self.group:
-            sizes = [n for n in range(min(layer.columns, self.group), 7, -1) if layer.columns % n == 0][:4]
-            instead = ", ".join([f"g{n}" for n in sizes])
-            return (
-                f"{layer.columns} weights per output channel cannot be cut into groups of {self.group}; "
-                f"use {instead + ' or ' if instead else ''}channel"
-            )
+        if layer.kind == "kv_cache":
+            return "a KV cache takes formats that begin with kv-, such as kv-int8-token"
+        return self.misfit(layer)
+
+    def misfit(self, layer: Layer) -> str:
+        """Say why a weight's shape cannot take this format; empty when it can."""
         return ""
 
-    def scales(self, layer: Layer) -> int:
-        """Number of scales of a layer."""
-        if self.family == "float":
-            return 0
-        if self.granularity == "tensor":
-            return 1
-        return layer.rows * (layer.columns // self.group if self.granularity == "group" else 1)
-
+    @abstractmethod
     def itemised_bytes(self, layer: Layer) -> dict[str, int]:
-        """Bytes of a layer in this format: ``payload``, ``scales``, ``zero_points``.
-
-        >>> Format.parse("int3-g5-asym").itemised_bytes(Layer("fc", "linear", (2, 5)))
-        {'payload': 4, 'scales': 4, 'zero_points': 2}
-        """
-        if self.family == "float":
-            return {"payload": layer.weights * self.bits // 8, "scales": 0, "zero_points": 0}
-        scales = self.scales(layer)
-        zero_rows = 1 if self.granularity == "tensor" else layer.rows
-        zeros = 0 if self.symmetric else zero_rows * math.ceil(scales // zero_rows * self.bits / 8)
-        return {
-            "payload": layer.rows * math.ceil(layer.columns * self.bits / 8),
-            "scales": scales * _SCALE_BYTES,
-            "zero_points": zeros,
-        }
+        """Bytes of a layer's weight in this format by part, padding included: ``payload``, ``scales``, …."""
 
     def bytes(self, layer: Layer) -> int:
         """Exact bytes of a layer's weight in this format, padding included."""
@@ -150,6 +131,111 @@ class Format:
         """
         return Fraction(8 * self.bytes(layer), layer.weights)
 
+    def catalogue(self) -> Iterator[Format]:
+        """Yield the formats that a list of all should show beside this one; none unless a family has many."""
+        return iter(())
+
+
+@dataclass(frozen=True, slots=True)
+class Joined(Format):
+    """A format for a layer's weight and one for its input, printed ``W@A``.
+
+    Attributes:
+        weight_format: format of the weight.
+        input_format: format that the input is rounded to on every call.
+
+    >>> fmt = Format.parse("int4-g128@int8-token")
+    >>> str(fmt.weight), str(fmt.activation), fmt.refuses(Layer("e", "embedding", (8, 128)))
+    ('int4-g128', 'int8-token', 'an embedding reads token numbers, which cannot be rounded; use int4-g128')
+    """
+
+    family: ClassVar[str] = "joined"
+    examples: ClassVar[tuple[str, ...]] = ("int4-g128@int8-token", "fp8-e4m3@fp8-e4m3-tensor")
+    purpose: ClassVar[str] = "weights and activations together"
+
+    weight_format: Format
+    input_format: Format
+
+    @classmethod
+    def read(cls, text: str) -> Format | None:
+        first, at, second = text.partition("@")
+        if not at:
+            return None
+        weight = Format.parse(first)
+        if weight.family in ("joined", "kv"):
+            raise InputError("E110", f"format '{text}': '{first}' is not a format of weights")
+        if second in ("16", ""):
+            raise InputError("E110", f"format '{text}': nothing is rounded after the @; write {first}")
+        activation: Format | None = registry.load("activations", "activation").read(second)
+        if activation is None:
+            examples = registry.load("activations", "activation").examples
+            raise InputError(
+                "E109",
+                f"format '{text}': activation format '{second}' is not known{did_you_mean(second, examples)}",
+                advice=f"write one like {', '.join(examples)}",
+            )
+        return cls(weight, activation)
+
+    def __str__(self) -> str:
+        return f"{self.weight_format}@{self.input_format}"
+
+    @property
+    def bits(self) -> int:
+        return self.weight_format.bits
+
+    @property
+    def needs(self) -> Needs:
+        return self.weight_format.needs
+
+    @property
+    def calibrated(self) -> bool:
+        return self.weight_format.calibrated or self.input_format.calibrated
+
+    @property
+    def weight(self) -> Format:
+        return self.weight_format
+
+    @property
+    def activation(self) -> Format | None:
+        return self.input_format
+
+    def misfit(self, layer: Layer) -> str:
+        if layer.kind == "embedding":
+            return f"an embedding reads token numbers, which cannot be rounded; use {self.weight_format}"
+        return self.weight_format.misfit(layer) or self.input_format.misfit(layer)
+
+    def itemised_bytes(self, layer: Layer) -> dict[str, int]:
+        return self.weight_format.itemised_bytes(layer) | self.input_format.itemised_bytes(layer)
+
+
+@lru_cache(maxsize=4096)
+def _parse(text: str) -> Format:
+    families = [registry.load("formats", name) for name in registry.names("formats")]
+    for family in (Joined, *families):
+        found: Format | None = family.read(text)
+        if found is not None:
+            return found
+    examples = [example for family in (*families, Joined) for example in family.examples]
+    raise InputError(
+        "E109",
+        f"format '{text}' is not known{did_you_mean(text, examples)}",
+        advice="`mpsearch formats` lists all; write one like int4-g128, int8-channel, nf4-b64, mxfp4, q4_K, bf16",
+    )
+
+
+def all_formats() -> Mapping[str, tuple[Format, ...]]:
+    """List the formats worth showing, by family: each family's examples and what its catalogue adds.
+
+    >>> [str(fmt) for fmt in all_formats()["plain"]]
+    ['bf16', 'fp16', 'fp32']
+    """
+    found: dict[str, tuple[Format, ...]] = {}
+    for name in registry.names("formats"):
+        examples = [Format.parse(text) for text in registry.load("formats", name).examples]
+        more = [other for fmt in examples[:1] for other in fmt.catalogue()]
+        found[name] = tuple(dict.fromkeys([*examples, *more]))
+    return found
+
 
 def parse_formats(texts: Iterable[str]) -> tuple[Format, ...]:
     """Read a menu of formats; the same one twice is an error.
@@ -159,7 +245,7 @@ def parse_formats(texts: Iterable[str]) -> tuple[Format, ...]:
     """
     names = list(texts)
     if not names:
-        raise InputError("E108", "formats: the list is empty", advice=f"give at least one, such as {_EXAMPLES[0]}")
+        raise InputError("E108", "formats: the list is empty", advice="give at least one, such as int4-g128")
     found: list[Format] = []
     for text in names:
         parsed = Format.parse(text)
@@ -167,3 +253,26 @@ def parse_formats(texts: Iterable[str]) -> tuple[Format, ...]:
             raise InputError("E108", f"formats: '{text}' is given twice")
         found.append(parsed)
     return tuple(found)
+
+
+def join(weights: Iterable[Format], activations: Iterable[str]) -> tuple[Format, ...]:
+    """Give every format of weights every format of activations; ``16`` leaves them as they are.
+
+    A format that is a pair already stays one. A weight alone is always there, after its pairs, for layers whose input
+    cannot be rounded.
+
+    Raises:
+        InputError: as `Format.parse`; or an activation is given twice (E108).
+
+    >>> [str(fmt) for fmt in join([Format.parse("int4-g64")], ["int8-token"])]
+    ['int4-g64@int8-token', 'int4-g64']
+    """
+    inputs = list(activations)
+    if len(set(inputs)) < len(inputs):
+        twice = next(text for text in inputs if inputs.count(text) > 1)
+        raise InputError("E108", f"activations: '{twice}' is given twice")
+    found: list[Format] = []
+    for fmt in weights:
+        pairs = [Format.parse(f"{fmt}@{text}") for text in inputs if text != "16"] if fmt.activation is None else []
+        found += [*pairs, fmt]
+    return tuple(dict.fromkeys(found))

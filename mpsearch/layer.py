@@ -30,13 +30,16 @@ class Layer:
 
     Attributes:
         name: path of the module that holds the weight; of the first one when several share it.
-        kind: ``linear``, ``conv`` or ``embedding``.
-        shape: shape of the weight as stored.
-        out_axis: axis of the output channels (1 for GPT-2's transposed linears, else 0).
+        kind: ``linear``, ``conv``, ``embedding``, ``expert`` (weights of many experts in one tensor, experts on axis 0)
+            or ``kv_cache`` (keys or values of one attention layer, which no checkpoint holds).
+        shape: shape of the weight as stored; (heads, channels per head) of a KV cache.
+        out_axis: axis of the output channels (1 for GPT-2's transposed linears, 1 or 2 for experts, else 0).
         dtype: number type of the stored weight, such as ``bfloat16``.
         macs: multiply-adds per token (per sample for a model without tokens), over all calls.
         tie: layers with the same text get the same format; empty when the layer decides alone.
         shared: names of further modules that hold the very same weight.
+        groups: of a convolution: how many groups of channels it keeps apart.
+        window: of a KV cache: tokens that it holds at most; 0 when it grows without end.
 
     >>> layer = Layer("head", "linear", (8, 4), dtype="bfloat16")
     >>> layer.rows, layer.columns, layer.weights, layer.stored_bytes
@@ -51,26 +54,35 @@ class Layer:
     macs: int = 0
     tie: str = ""
     shared: tuple[str, ...] = ()
+    groups: int = 1
+    window: int = 0
 
     @property
     def tensor(self) -> str:
         """Name of the weight in the checkpoint."""
+        if self.kind in ("expert", "kv_cache"):
+            return self.name
         return f"{self.name}.weight" if self.name else "weight"
 
     @property
+    def row_axes(self) -> tuple[int, ...]:
+        """Axes of the shape that count output channels; of stacked experts each has its own."""
+        return (0, self.out_axis) if self.kind == "expert" else (self.out_axis,)
+
+    @property
     def rows(self) -> int:
-        """Number of output channels (entries of an embedding)."""
-        return self.shape[self.out_axis]
+        """Number of output channels (entries of an embedding), over all experts."""
+        return math.prod(self.shape[axis] for axis in self.row_axes)
 
     @property
     def columns(self) -> int:
         """Weights per output channel."""
-        return self.weights // self.rows
+        return math.prod(self.shape) // self.rows
 
     @property
     def weights(self) -> int:
-        """Number of weights."""
-        return math.prod(self.shape)
+        """Number of stored weights; none in a KV cache."""
+        return 0 if self.kind == "kv_cache" else math.prod(self.shape)
 
     @property
     def stored_bytes(self) -> int:
@@ -87,6 +99,14 @@ class Layer:
             "macs": self.macs,
             "tie": self.tie,
             "shared": list(self.shared),
+            **self.rarities(),
+        }
+
+    def rarities(self) -> dict[str, int]:
+        """Fields that few layers have, where they say something."""
+        return {
+            **({"groups": self.groups} if self.groups > 1 else {}),
+            **({"window": self.window} if self.window else {}),
         }
 
     @classmethod
@@ -100,6 +120,8 @@ class Layer:
             macs=int(data["macs"]),
             tie=str(data["tie"]),
             shared=tuple(str(name) for name in data["shared"]),
+            groups=int(data.get("groups", 1)),
+            window=int(data.get("window", 0)),
         )
 
 

@@ -136,6 +136,7 @@ class BitPlan:
                     "macs": layer.macs,
                     "tie": layer.tie,
                     "shared_with": list(layer.shared),
+                    **layer.rarities(),
                     "format": str(self.formats[layer.name]),
                     "bytes": self.formats[layer.name].bytes(layer),
                 }

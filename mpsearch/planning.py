@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from mpsearch import registry
-from mpsearch.budget import Budget
+from mpsearch.budget import Budget, conditions
 from mpsearch.errors import InfeasibleError, InputError, Notice
 from mpsearch.feasible import allowed, check_budgets
-from mpsearch.format import Format
-from mpsearch.layer import Layers
+from mpsearch.format import Format, join
+from mpsearch.layer import Layer, Layers
 from mpsearch.plan import BitPlan, Predicted
 from mpsearch.problem import Problem, Solution
 from mpsearch.spec import StudySpec
@@ -39,16 +39,19 @@ class Planner:
         spec: the question.
         layers: what is decided.
         model: ``name``, ``digest`` and ``architecture`` of the model.
+        budgets: further budgets than the spec's that plans will be made for.
     """
 
     spec: StudySpec
     layers: Layers
     model: Mapping[str, str]
+    budgets: tuple[Budget, ...] = ()
 
     @cached_property
     def menu(self) -> tuple[Format, ...]:
-        """The formats that are offered to every layer."""
-        return tuple(Format.parse(text) for text in self.spec.formats)
+        """The formats that are offered, each to the layers that can take it."""
+        weights = join(map(Format.parse, self.spec.formats), self.spec.activations)
+        return (*weights, *(Format.parse(text) for text in self.spec.kv))
 
     @cached_property
     def pins(self) -> Mapping[str, str]:
@@ -82,8 +85,22 @@ class Planner:
     @cached_property
     def costs(self) -> tuple[CostTable, ...]:
         """Cost of every decision in every format, one table per resource, weights first."""
-        targets = ["bytes", *(["bops"] if any(layer.macs for layer in self.layers) else [])]
-        return tuple(registry.make("targets", name).cost(self.layers, self.formats) for name in targets)
+        return tuple(target.cost(self.layers, self.formats) for target, _ in self._targets())
+
+    def _targets(self) -> list[tuple[Any, Sequence[Layer]]]:
+        """Who prices what, and the layers that cost anything there; weights first."""
+        found: list[tuple[Any, Sequence[Layer]]] = [(registry.make("targets", "bytes"), self.layers)]
+        if multiplied := [layer for layer in self.layers if layer.macs]:
+            found.append((registry.make("targets", "bops"), multiplied))
+        if caches := [layer for layer in self.layers if layer.kind == "kv_cache"]:
+            asked = [b.condition for b in (*self._asked, *self.budgets) if b.condition]
+            for condition in dict.fromkeys(asked or [f"at context {self.spec.length}"]):
+                found.append((registry.make("targets", "kv", **conditions(condition)), caches))
+        return found
+
+    @property
+    def _asked(self) -> tuple[Budget, ...]:
+        return tuple(map(Budget.parse, self.spec.budgets))
 
     @cached_property
     def mask(self) -> Array:
@@ -93,6 +110,8 @@ class Planner:
             InputError: a layer can take no format of the menu (E130).
         """
         mask = allowed(self.costs, self.pins, [str(fmt) for fmt in self.menu])
+        if self.spec.activations and "16" not in self.spec.activations:
+            self._ask_for_activations(mask)
         for decision, row in zip(self.layers.decisions, mask, strict=True):
             if np.isnan(row).all():
                 layer = next(
@@ -102,6 +121,14 @@ class Planner:
                 raise InputError("E130", f"layer '{layer.name}': {reason}", advice="offer another format as well")
         return mask
 
+    def _ask_for_activations(self, mask: Array) -> None:
+        """Take weights alone off the menu of decisions that can take the same weights with an activation."""
+        for row in mask:
+            taken = {fmt.weight for fmt, m in zip(self.formats, row, strict=True) if fmt.activation and not np.isnan(m)}
+            for j, fmt in enumerate(self.formats):
+                if fmt.activation is None and fmt in taken:
+                    row[j] = np.nan
+
     def check(self, budgets: Sequence[Budget]) -> None:
         """Refuse budgets that no plan can keep.
 
@@ -109,8 +136,15 @@ class Planner:
             InfeasibleError: E201.
         """
         for budget in budgets:
-            if budget.resource not in {table.resource for table in self.costs}:
-                raise InputError("E420", f"budget '{budget}': the model has no known multiply-adds")
+            if budget.priced_by in {table.resource for table in self.costs}:
+                continue
+            if budget.resource == "kv":
+                raise InputError(
+                    "E420",
+                    f"budget '{budget}': no KV cache is decided in this study",
+                    advice='offer formats for it, such as kv = ["kv-bf16", "kv-int8-token"]',
+                )
+            raise InputError("E420", f"budget '{budget}': the model has no known multiply-adds")
         check_budgets(budgets, self.costs, self.mask, self.pins)
 
     def holds_all(self, budgets: Sequence[Budget]) -> Notice | None:
@@ -127,7 +161,10 @@ class Planner:
 
     def at_16_bits(self) -> BitPlan:
         """The plan that keeps every layer at 16 bits."""
-        formats = {x.name: Format.parse("fp16" if x.dtype == "float16" else "bf16") for x in self.layers}
+        formats = {
+            x.name: Format.parse(("kv-" if x.kind == "kv_cache" else "") + ("fp16" if x.dtype == "float16" else "bf16"))
+            for x in self.layers
+        }
         return self._priced(BitPlan(self.layers, formats, self.model, source={"uniform": "16 bits"}))
 
     def solve(self, scores: SensitivityTable, budgets: Sequence[Budget]) -> tuple[Problem, Solution]:
@@ -183,7 +220,7 @@ class Planner:
             "solver": {"name": solution.solver, **self.spec.solver_settings},
             "status": solution.status,
             "prices": [
-                {"budget": str(b), "price": price, "unit": f"{scores.unit} per unit of {b.resource}"}
+                {"budget": str(b), "price": price, "unit": f"{scores.unit} per unit of {b.priced_by}"}
                 for b, price in zip(budgets, solution.prices, strict=True)
                 if math.isfinite(price)
             ],
@@ -216,21 +253,52 @@ class Planner:
     def uniform(self) -> Iterator[Labelled]:
         """One plan per format of the menu that fits some layer; pins hold in it as in every plan.
 
-        A decision that cannot take the format gets the next larger one that it can.
+        A decision that cannot take the format gets the weights' format alone, or else the next larger one that it can.
+        KV caches all get the format of most bits with which the budgets of kv are kept. A plan that breaks a budget of
+        anything but weights is no rival, and is left out.
         """
-        by_size = sorted(self.menu, key=lambda fmt: fmt.bits)
+        by_size = sorted((fmt for fmt in self.menu if fmt.family != "kv"), key=lambda fmt: fmt.bits)
+        caches = self._uniform_cache()
         for fmt in self.menu:
-            if fmt in self.misfits:
+            if fmt in self.misfits or fmt.family == "kv" or fmt in self._companions:
                 continue
             larger = [f for f in by_size if f.bits >= fmt.bits] + [f for f in reversed(by_size) if f.bits < fmt.bits]
-            plan = BitPlan.uniform(self.layers, fmt, larger, self.model)
+            plan = BitPlan.uniform(self.layers, fmt, [fmt.weight, *larger, *caches], self.model)
             pinned = {
                 layer.name: Format.parse(self.pins[row.name])
                 for row in self.layers.decisions
                 if row.name in self.pins
                 for layer in row.layers
             }
-            yield Labelled(f"uniform {fmt}", self._priced(replace(plan, formats={**plan.formats, **pinned})))
+            priced = self._priced(replace(plan, formats={**plan.formats, **pinned}))
+            if self._keeps(priced, [b for b in self._asked if b.resource != "weights"]):
+                yield Labelled(" ".join(map(str, ["uniform", fmt, *caches])), priced)
+
+    def _keeps(self, plan: BitPlan, budgets: Sequence[Budget]) -> bool:
+        tables = {table.resource: table for table in self.costs}
+        return all(plan.cost[b.priced_by] <= b.limit(tables[b.priced_by]) for b in budgets)
+
+    def _uniform_cache(self) -> tuple[Format, ...]:
+        """The format that all KV caches get in a uniform plan; none when they are not decided."""
+        caches = [layer for layer in self.layers if layer.kind == "kv_cache"]
+        if not caches:
+            return ()
+        offered = [Format.parse(text) for text in self.spec.kv]
+        offered = [fmt for fmt in offered if not any(fmt.refuses(layer) for layer in caches)]
+        offered.sort(key=lambda fmt: fmt.effective_bits(caches[0]), reverse=True)
+        budgets = [b for b in self._asked if b.resource == "kv"]
+        for fmt in offered:
+            tables = [registry.make("targets", "kv", **conditions(b.condition)).cost(caches, [fmt]) for b in budgets]
+            if all(table.value.sum() <= b.limit(table) for b, table in zip(budgets, tables, strict=True)):
+                return (fmt,)
+        return tuple(offered[-1:])
+
+    @cached_property
+    def _companions(self) -> frozenset[Format]:
+        """Weights alone that are on the menu only for layers whose input cannot be rounded."""
+        if not self.spec.activations or "16" in self.spec.activations:
+            return frozenset()
+        return frozenset(fmt.weight for fmt in self.menu if fmt.activation is not None)
 
     @cached_property
     def misfits(self) -> tuple[Format, ...]:
@@ -270,9 +338,9 @@ class Planner:
 
     def _priced(self, plan: BitPlan) -> BitPlan:
         cost: dict[str, float] = {"weights": plan.bytes}
-        if any(layer.macs for layer in self.layers):
-            bops = registry.make("targets", "bops")
-            cost["bops"] = math.fsum(bops.cost([x], [plan.formats[x.name]]).value[0, 0] for x in self.layers if x.macs)
+        for target, concerned in self._targets()[1:]:
+            tables = [target.cost([x], [plan.formats[x.name]]) for x in concerned]
+            cost[tables[0].resource] = math.fsum(table.value[0, 0] for table in tables)
         return replace(plan, predicted=Predicted(cost=cost))
 
 

@@ -26,10 +26,12 @@ class Estimator(Protocol):
 
     A frozen dataclass of its settings. ``by`` says how its work divides without changing the answer:
     ``cell`` (each decision and format on its own) or ``batch`` (tables of single batches, averaged by
-    `SensitivityTable.mean`). ``version`` is raised with every change of the numbers: it is part of their key.
+    `SensitivityTable.mean`). ``covers`` says whose rounding it sees: ``weights``, ``activations``, ``caches``; formats
+    of anything else are refused. ``version`` is raised with every change of the numbers: it is part of their key.
     """
 
     by: Literal["cell", "batch"]
+    covers: Sequence[str]
     version: int
 
     def refuses(self, model: Model) -> str:

@@ -91,9 +91,9 @@ class Problem:
         by_resource = {table.resource: table for table in costs}
         chosen = []
         for budget in budgets:
-            if budget.resource not in by_resource:
+            if budget.priced_by not in by_resource:
                 raise ValueError(f"no cost table for the budget '{budget}'")
-            table = by_resource[budget.resource]
+            table = by_resource[budget.priced_by]
             if (table.layers, table.formats) != (scores.layers, scores.formats):
                 raise ValueError(f"the cost table of {table.resource} has other rows or formats than the scores")
             chosen.append(table)
@@ -111,7 +111,7 @@ class Problem:
             np.array([budget.limit(table) - table.fixed for budget, table in zip(budgets, chosen, strict=True)]),
             scores.layers,
             scores.formats,
-            tuple(budget.resource for budget in budgets),
+            tuple(budget.priced_by for budget in budgets),
         )
 
     @property

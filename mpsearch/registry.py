@@ -1,7 +1,7 @@
 """Names users type, and the code behind them, loaded on first use.
 
 Plug-ins join through entry points of the groups ``mpsearch.estimators``, ``mpsearch.targets``,
-``mpsearch.solvers``, ``mpsearch.evaluators`` and ``mpsearch.exporters``.
+``mpsearch.solvers``, ``mpsearch.evaluators``, ``mpsearch.exporters`` and ``mpsearch.formats``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,28 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
         "fisher": "mpsearch.sensitivity.fisher:Fisher",
         "divergence": "mpsearch.sensitivity.divergence:Divergence",
     },
-    "targets": {"bytes": "mpsearch.hardware.bytes:Bytes", "bops": "mpsearch.hardware.bops:Bops"},
+    "formats": {
+        "plain": "mpsearch.formats.plain:Plain",
+        "int": "mpsearch.formats.integer:Integer",
+        "nf": "mpsearch.formats.normal_float:NormalFloat",
+        "ternary": "mpsearch.formats.ternary:Ternary",
+        "codebook": "mpsearch.formats.codebook:Codebook",
+        "fp": "mpsearch.formats.floating:FloatingPoint",
+        "mx": "mpsearch.formats.mx:Microscaling",
+        "nvfp4": "mpsearch.formats.nvfp4:NvFp4",
+        "kv": "mpsearch.formats.kv_cache:KvCache",
+        "gguf": "mpsearch.formats.gguf_types:GgufType",
+    },
+    "activations": {"activation": "mpsearch.formats.activation:Activation"},
+    "targets": {
+        "bytes": "mpsearch.hardware.bytes:Bytes",
+        "bytes@gptq": "mpsearch.hardware.bytes:gptq",
+        "bytes@awq": "mpsearch.hardware.bytes:awq",
+        "bytes@compressed-tensors": "mpsearch.hardware.bytes:compressed_tensors",
+        "bytes@gguf": "mpsearch.hardware.bytes:gguf",
+        "bops": "mpsearch.hardware.bops:Bops",
+        "kv": "mpsearch.hardware.kv_bytes:KvBytes",
+    },
     "solvers": {
         "ilp": "mpsearch.solvers.ilp:Ilp",
         "greedy": "mpsearch.solvers.greedy:Greedy",

@@ -11,12 +11,36 @@ from typing import Any
 import numpy as np
 
 from mpsearch import registry
+from mpsearch.errors import InputError
 from mpsearch.format import Format
 from mpsearch.layer import Layers
 from mpsearch.ports import Store
 from mpsearch.records import CellRow
 from mpsearch.tables import SensitivityTable
 from mpsearch.tasks import ScoreTask
+
+
+def check_covers(estimator: str, formats: Sequence[Format]) -> None:
+    """Refuse formats of something that an estimator does not see: it would call them harmless.
+
+    Raises:
+        InputError: E506.
+    """
+    covers = getattr(registry.load("estimators", estimator), "covers", ("weights",))
+    blind = {
+        "activations": next((fmt for fmt in formats if fmt.activation is not None), None),
+        "caches": next((fmt for fmt in formats if fmt.family == "kv"), None),
+    }
+    for what, fmt in blind.items():
+        if fmt is not None and what not in covers:
+            able = [
+                x for x in registry.names("estimators") if what in getattr(registry.load("estimators", x), "covers", ())
+            ]
+            raise InputError(
+                "E506",
+                f"estimator '{estimator}' does not see {what}, so it cannot score '{fmt}'",
+                advice=f"estimators that do: {', '.join(able)}",
+            )
 
 
 @dataclass(frozen=True)

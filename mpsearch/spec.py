@@ -12,13 +12,14 @@ from typing import Any
 from mpsearch.budget import parse_budgets
 from mpsearch.bundled import resolve_model
 from mpsearch.errors import InputError, did_you_mean
-from mpsearch.format import Format, parse_formats
+from mpsearch.format import Format, join, parse_formats
 from mpsearch.model.source import LIBRARY, Source
 from mpsearch.tasks import Setup
 
 DEFAULT_FORMATS = ("int2-g64", "int3-g64", "int4-g64", "int5-g64", "int6-g64", "int7-g64", "int8-g64", "int8-channel")
 # How and where a study is computed does not change its question.
 _NOT_THE_QUESTION = ("storage", "workers", "out")
+_LISTS = ("formats", "activations", "kv", "budgets")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,10 @@ class StudySpec:
         validation: text that plans are measured on; when empty, the last quarter of the calibration text, which is
             then not used for scores.
         text_key: field of a ``.jsonl`` line that holds the text.
-        formats: the menu.
+        formats: the menu of weights.
+        activations: what inputs of layers may be rounded to, each with every format of weights; ``16`` leaves them as
+            they are. None: left as they are, but for formats that are pairs ``W@A`` already.
+        kv: the menu of the KV caches, keys and values of each attention layer apart; none: left as they are.
         estimator: name of the estimator.
         estimator_settings: its settings.
         solver: name of the solver.
@@ -59,6 +63,8 @@ class StudySpec:
     validation: str = ""
     text_key: str = "text"
     formats: tuple[str, ...] = DEFAULT_FORMATS
+    activations: tuple[str, ...] = ()
+    kv: tuple[str, ...] = ()
     estimator: str = "divergence"
     estimator_settings: Mapping[str, Any] = field(default_factory=dict)
     solver: str = "ilp"
@@ -87,11 +93,18 @@ class StudySpec:
             raise InputError("E113", "length: got 1; a sequence needs at least 2 tokens")
         if isinstance(self.ties, str) and self.ties not in ("auto", "none"):
             raise InputError("E113", f"'ties': got '{self.ties}'; give auto, none, or lists of layer names")
-        parse_formats(self.formats)
+        menu = parse_formats(self.formats)
+        for fmt in menu:
+            if fmt.family == "kv":
+                raise InputError("E110", f"formats: '{fmt}' is for KV caches", advice=f'write kv = ["{fmt}"]')
+        join(menu, self.activations)
+        for cache in parse_formats(self.kv) if self.kv else ():
+            if cache.family != "kv":
+                raise InputError("E110", f"kv: '{cache}' is not for KV caches", advice="write one like kv-int8-token")
         parse_budgets(self.budgets)
-        for pattern, fmt in self.pins.items():
+        for pattern, text in self.pins.items():
             try:
-                Format.parse(fmt)
+                Format.parse(text)
             except InputError as error:
                 raise InputError(error.code, f"pin '{pattern}': {error.message}", advice=error.advice) from error
 
@@ -140,7 +153,7 @@ class StudySpec:
                 settings = dict(found[name])
                 found[name] = settings.pop("name", "")
                 found[f"{name}_settings"] = settings
-        for name in ("formats", "budgets"):
+        for name in _LISTS:
             if name in found:
                 found[name] = _texts(name, found[name])
         if not isinstance(found.get("ties", "auto"), str):
@@ -191,12 +204,13 @@ class StudySpec:
             self.batch_size,
             self.ties,
             self.trust_remote_code,
+            bool(self.kv),
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as plain values."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name in ("formats", "budgets"):
+        for name in _LISTS:
             found[name] = list(found[name])
         for name in ("estimator_settings", "solver_settings", "pins"):
             found[name] = dict(found[name])
@@ -207,14 +221,19 @@ class StudySpec:
     @classmethod
     def from_question(cls, question: Mapping[str, Any], storage: str) -> StudySpec:
         """Make the spec of a stored study from its question."""
-        found = {**question, "formats": tuple(question["formats"]), "budgets": tuple(question["budgets"])}
+        found = {**question, **{name: tuple(question.get(name, ())) for name in _LISTS}}
         if not isinstance(found["ties"], str):
             found["ties"] = tuple(tuple(group) for group in found["ties"])
         return cls(**found, storage=storage)
 
     def question(self) -> dict[str, Any]:
         """Return the fields that make the question: what two studies of one name must agree on."""
-        return {name: value for name, value in self.to_json().items() if name not in _NOT_THE_QUESTION}
+        return {
+            name: value
+            for name, value in self.to_json().items()
+            # A field that came later and is not used leaves the questions of earlier studies as they were.
+            if name not in _NOT_THE_QUESTION and not (name in ("activations", "kv") and not value)
+        }
 
 
 _GIVE = {

@@ -123,7 +123,7 @@ class StoredStudy:
         wanted = parse_budgets(budgets) if budgets else self.budgets
         survey = self.survey
         model = dict(self._model_of_plans() or self._model_entry(survey))
-        planner = Planner(self.spec, survey.layers, model)
+        planner = Planner(self.spec, survey.layers, model, wanted)
         if planner.holds_all(wanted) is not None:
             return planner.at_16_bits()
         plan = planner.mixed(self.scores, wanted)

@@ -15,7 +15,7 @@ from mpsearch.notices import layer_notices, score_notices
 from mpsearch.plan import BitPlan
 from mpsearch.planning import Labelled, Planner
 from mpsearch.ports import Executor, Store
-from mpsearch.scoring import Scoring
+from mpsearch.scoring import Scoring, check_covers
 from mpsearch.spec import StudySpec
 from mpsearch.stored_study import StoredStudy
 from mpsearch.tables import SensitivityTable
@@ -80,6 +80,7 @@ class Study(StoredStudy):
         with registry.make("executors", "local", workers=1 if self._work else self.spec.workers) as executor:
             key, survey = self._find(executor)
             planner = Planner(self.spec, survey.layers, self._model_entry(survey))
+            check_covers(self.spec.estimator, planner.formats)
             planner.check(self.budgets)
             # A question that cannot be answered takes no name: it can be put right and asked again.
             self.store.create_study(self.name, self.spec.question())
@@ -156,6 +157,8 @@ class Study(StoredStudy):
         """Return what is in the model and the text, and its key."""
         spec = self.spec.to_json()
         cut = {name: spec[name] for name in ("tokens", "validation_tokens", "length", "batch_size", "ties")}
+        if self.spec.kv:
+            cut["caches"] = True
         key = content_key([self.identity, cut, fingerprint()])
         known = self.store.get("survey", key)
         if known is None:
@@ -227,7 +230,10 @@ class Study(StoredStudy):
     def _measurement_key(self, plan: BitPlan) -> str:
         cut = [self.spec.validation_tokens, self.spec.length, self.spec.batch_size]
         evaluator = [EVALUATOR, registry.load("evaluators", EVALUATOR).version]
-        return content_key([plan.assignment, self.identity["validation"], cut, evaluator, fingerprint()])
+        parts = [plan.assignment, self.identity["validation"], cut, evaluator, fingerprint()]
+        if any(fmt.calibrated for fmt in plan.formats.values()):
+            parts.append([self.identity["calibration"], self.spec.tokens])
+        return content_key(parts)
 
     def _compute(self, executor: Executor, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         if not tasks:

@@ -25,6 +25,7 @@ class Setup:
         batch_size: sequences of one batch; fixed, so that results do not depend on who computes them.
         ties: ``auto``, ``none``, or names and patterns of layers, one tuple per tie.
         trust_remote_code: run the model's own code.
+        caches: the KV caches are decided as well.
         identity: digests of model, calibration and validation text that must be found; not checked when empty.
     """
 
@@ -37,6 +38,7 @@ class Setup:
     batch_size: int
     ties: str | tuple[tuple[str, ...], ...] = "auto"
     trust_remote_code: bool = False
+    caches: bool = False
     identity: tuple[str, ...] = ()
 
 

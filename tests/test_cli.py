@@ -196,3 +196,39 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_formats_lists_every_family_with_bits_and_holders(capsys: pytest.CaptureFixture[str]) -> None:
+    from mpsearch.format import all_formats
+
+    assert run(["formats", "--json"]) == 0
+    rows = {row["format"]: row for row in json.loads(capsys.readouterr().out)}
+    assert {str(fmt) for fmts in all_formats().values() for fmt in fmts} <= set(rows)
+    assert rows["int4-g128-asym"]["bits_exact"] == "133/32"
+    assert rows["q6_K"]["held_by"] == ["native", "gguf"]
+    assert rows["kv-int8-token"]["bits_exact"] == "65/8"
+    assert rows["int4-g128-gptq"]["needs"] == "hessian"
+    assert rows["W@fp8-e4m3-token"]["bits"] == 8
+    assert run(["formats"]) == 0
+    shown = capsys.readouterr().out
+    assert "weights of GGUF files for llama.cpp" in shown
+    assert all(name in shown for name in rows)
+
+
+def test_formats_of_a_model_says_what_each_layer_refuses(small_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["-f", "q4_K", "-f", "int4-g32", "-f", "int8-channel@int8-token", "-f", "kv-int8-token"]
+    assert run(["formats", str(small_llama), *asked, "--json"]) == 0
+    rows = {row["format"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["int4-g32"]["taken"] == rows["int4-g32"]["layers"] > 1
+    assert rows["q4_K"]["taken"] == 0
+    assert "256" in rows["q4_K"]["refused"][0]["reason"]
+    (embedding,) = rows["int8-channel@int8-token"]["refused"]
+    assert embedding["layers"] == ["model.embed_tokens"]
+    assert rows["kv-int8-token"]["taken"] == rows["kv-int8-token"]["layers"] == 4
+    assert run(["formats", str(small_llama), *asked]) == 0
+    assert "an embedding reads token numbers" in " ".join(capsys.readouterr().out.split())
+
+
+def test_formats_offers_the_nearest_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["formats", "-f", "int4-g12x8"]) == 3
+    assert "E109" in capsys.readouterr().err

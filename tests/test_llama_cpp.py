@@ -19,6 +19,7 @@ from mpsearch.exports.gguf_names import ARCHITECTURES, GgufNames
 from mpsearch.exports.llama_cpp import GGUF_TYPES, LlamaCpp, read_tensor_types
 from mpsearch.exports.native import PLAN, Native
 from mpsearch.format import Format
+from mpsearch.formats.gguf_types import GgufType
 from mpsearch.layer import Excluded, Layer, Layers
 from mpsearch.plan import BitPlan
 from mpsearch.registry import make
@@ -102,6 +103,47 @@ def test_types_have_the_bytes_of_the_formats() -> None:
     for text, kind in GGUF_TYPES.items():
         stored = gguf.quants.quantize(weight, gguf.GGMLQuantizationType[kind.upper()])
         assert stored.nbytes == Format.parse(text).bytes(layer), text
+
+
+ROUNDED = [fmt for fmt in GgufType.examples if fmt not in ("gguf-mxfp4", "gguf-nvfp4")]
+
+
+def test_gguf_types_are_written_by_their_own_names(tmp_path: Path) -> None:
+    shape = {"shape": (64, 256)}
+    formats = {BLOCK.format(n, "mlp.up_proj"): text for n, text in enumerate(GgufType.examples)}
+    plan = llama_plan(formats, **dict.fromkeys(formats, shape))
+    lines = write_types(plan, tmp_path)
+    kinds = [text.removeprefix("gguf-").lower() for text in GgufType.examples]
+    assert lines == [rf"^blk\.{n}\.ffn_up\.weight$={kind}" for n, kind in enumerate(kinds)]
+    types = read_tensor_types(tmp_path / "tensor-types.txt")
+    for layer, kind in zip(plan.layers, types.values(), strict=True):
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]]
+        assert plan.formats[layer.name].bytes(layer) == 64 * 256 // block * size
+    assert {"q4_k", "iq4_xs", "mxfp4"} <= set(types.values())
+
+
+@pytest.mark.parametrize(
+    ("fmt", "columns", "reason"),
+    [
+        ("q4_K", 96, "q4_K does not fit: 96 weights per output channel cannot be cut into blocks of 256; use q5_0"),
+        ("iq2_xs", 256, "iq2_xs does not fit: mpsearch cannot round to iq2_xs"),
+    ],
+)
+def test_gguf_types_that_do_not_fit_are_refused(fmt: str, columns: int, reason: str) -> None:
+    plan = llama_plan({"lm_head": fmt}, lm_head={"shape": (8, columns)})
+    assert LlamaCpp().refuses(plan)[0].startswith(f"lm_head: {reason}")
+
+
+def test_the_base_is_a_type_that_the_plan_does_not_use(tmp_path: Path) -> None:
+    names = [BLOCK.format(n, "mlp.up_proj") for n in range(len(ROUNDED))]
+    for count in range(1, len(ROUNDED) + 1):
+        chosen = dict(zip(names, ["q8_0", "q5_0", "q4_0", "q4_1", *ROUNDED], strict=False))
+        formats = dict(list(chosen.items())[:count])
+        folder = tmp_path / str(count)
+        lines = write_types(llama_plan(formats, **{name: {"shape": (64, 256)} for name in formats}), folder)
+        base = (folder / "quantize.sh").read_text().split()[-1]
+        used = {line.split("=")[1] for line in lines}
+        assert base.lower().removesuffix("_s") not in used or count > 10, (base, used)
 
 
 def test_kept_matrices_are_listed_with_their_stored_type(tmp_path: Path) -> None:
@@ -331,3 +373,17 @@ def test_a_list_that_is_not_ours_is_refused(text: str, tmp_path: Path) -> None:
 def test_the_page_on_exports_lists_what_llama_cpp_holds() -> None:
     page = (ROOT / "docs/exports.md").read_text()
     assert all(f"`{text}`" in page and f"`{kind}`" in page for text, kind in GGUF_TYPES.items())
+
+
+def test_kv_caches_have_no_place_in_the_file() -> None:
+    weight = Layer("model.layers.0.mlp.up_proj", "linear", (8, 256))
+    cache = Layer("model.layers.0.self_attn.k_cache", "kv_cache", (2, 64))
+    layers = Layers((weight, cache))
+
+    def plan(fmt: str) -> BitPlan:
+        return BitPlan(layers, {weight.name: Format.parse("q4_K"), cache.name: Format.parse(fmt)})
+
+    exporter = LlamaCpp("LlamaForCausalLM")
+    assert exporter.refuses(plan("kv-bf16")) == []
+    (problem,) = exporter.refuses(plan("kv-int8-token"))
+    assert problem.startswith("model.layers.0.self_attn.k_cache: kv-int8-token has no place in GGUF")

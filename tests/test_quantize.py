@@ -58,7 +58,7 @@ def oracle(weight: Tensor, fmt: Format) -> list[list[float]]:
     flat, result = [single(x) for x in weight.reshape(-1).tolist()], []
     for start in range(0, rows * columns, size):
         group = flat[start : start + size]
-        if fmt.symmetric:
+        if not fmt.asymmetric:
             top, low, bottom = 2 ** (fmt.bits - 1) - 1, single(0), -(2 ** (fmt.bits - 1) - 1)
             scale = single(np.float16(max(abs(x) for x in group) / single(top)))
         else:
@@ -76,14 +76,14 @@ def oracle(weight: Tensor, fmt: Format) -> list[list[float]]:
 def steps(weight: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     """Scale of every weight, and by how much fp16 moved it times the number of steps, in float64."""
     made = quantize(weight, fmt)
-    assert made.scales is not None
-    wide = weight.double().reshape(*made.scales.shape, -1)
+    assert "scales" in made.parts
+    wide = weight.double().reshape(*made.parts["scales"].shape, -1)
     high, low = wide.amax(-1, keepdim=True), wide.amin(-1, keepdim=True)
-    if fmt.symmetric:
+    if not fmt.asymmetric:
         span, top = torch.maximum(high, -low), 2 ** (fmt.bits - 1) - 1
     else:
         span, top = high.clamp(min=0) - low.clamp(max=0), 2**fmt.bits - 1
-    scale = made.scales.double().unsqueeze(-1)
+    scale = made.parts["scales"].double().unsqueeze(-1)
     moved = (span - top * scale).abs()
     return (x.expand_as(wide).reshape(weight.shape) for x in (scale, moved))  # type: ignore[return-value]
 
@@ -111,9 +111,9 @@ def test_follows_the_documented_rule(weight: Tensor, fmt: Format) -> None:
 )
 def test_known_answers(numbers: list[float], fmt: str, codes: list[int], scale: float, zero: int | None) -> None:
     made = quantize(torch.tensor([numbers]), Format.parse(fmt))
-    assert made.scales is not None
-    assert (made.codes.tolist(), made.scales.tolist()) == ([codes], [[scale]])
-    assert zero is None if made.zero_points is None else made.zero_points.tolist() == [[zero]]
+    assert "scales" in made.parts
+    assert (made.parts["payload"].tolist(), made.parts["scales"].tolist()) == ([codes], [[scale]])
+    assert zero is None if "zero_points" not in made.parts else made.parts["zero_points"].tolist() == [[zero]]
 
 
 @LAWS
@@ -127,12 +127,12 @@ def test_symmetric_is_idempotent(weight: Tensor, fmt: Format) -> None:
 @given(weight=plain_weight, fmt=formats)
 def test_asymmetric_is_idempotent_where_codes_span_the_range(weight: Tensor, fmt: Format) -> None:
     made, once = quantize(weight, fmt), fake_quantize(weight, fmt)
-    if made.zero_points is None or made.scales is None:
+    if "zero_points" not in made.parts or "scales" not in made.parts:
         return
-    groups = made.codes.reshape(*made.scales.shape, -1)
-    high = torch.maximum(groups.amax(-1), made.zero_points)
-    low = torch.minimum(groups.amin(-1), made.zero_points)
-    spans = ((high == 2**fmt.bits - 1) & (low == 0)) | (made.scales == 0)
+    groups = made.parts["payload"].reshape(*made.parts["scales"].shape, -1)
+    high = torch.maximum(groups.amax(-1), made.parts["zero_points"])
+    low = torch.minimum(groups.amin(-1), made.parts["zero_points"])
+    spans = ((high == 2**fmt.bits - 1) & (low == 0)) | (made.parts["scales"] == 0)
     if bool(spans.all()):
         assert torch.equal(fake_quantize(once, fmt), once)
 
@@ -170,10 +170,10 @@ def test_error_is_at_most_half_a_step_and_the_rounding_of_the_scale(weight: Tens
 def test_zero_stays_zero_and_codes_are_few(weight: Tensor, fmt: Format) -> None:
     result, made = fake_quantize(weight, fmt), quantize(weight, fmt)
     assert bool((result[weight == 0] == 0).all())
-    low = -(2 ** (fmt.bits - 1) - 1) if fmt.symmetric else 0
-    assert int(made.codes.min()) >= low
-    assert int(made.codes.max()) <= low + 2**fmt.bits - 1
-    assert made.codes.dtype == (torch.int8 if fmt.symmetric else torch.uint8)
+    low = -(2 ** (fmt.bits - 1) - 1) if (not fmt.asymmetric) else 0
+    assert int(made.parts["payload"].min()) >= low
+    assert int(made.parts["payload"].max()) <= low + 2**fmt.bits - 1
+    assert made.parts["payload"].dtype == (torch.int8 if (not fmt.asymmetric) else torch.uint8)
 
 
 @LAWS
@@ -210,10 +210,10 @@ def test_convolutions_are_rows_of_flattened_weights(text: str) -> None:
 def test_transposed_linears_and_strides(text: str) -> None:
     fmt, weight = Format.parse(text), torch.randn(16, 24, generator=torch.Generator().manual_seed(3))
     expected = fake_quantize(weight, fmt)
-    turned = fake_quantize(weight.T.contiguous(), fmt, out_axis=1)
+    turned = fake_quantize(weight.T.contiguous(), fmt, 1)
     assert turned.is_contiguous()
     assert torch.equal(turned, expected.T)
-    assert torch.equal(dequantize(quantize(weight.T.contiguous(), fmt, out_axis=1)), expected.T)
+    assert torch.equal(dequantize(quantize(weight.T.contiguous(), fmt, 1)), expected.T)
     padded = torch.zeros(32, 48)
     padded[::2, ::2] = weight
     assert torch.equal(fake_quantize(padded[::2, ::2], fmt), expected)
@@ -226,8 +226,8 @@ def test_zeros_and_what_fp16_cannot_tell_from_zero(text: str) -> None:
     fmt, weight = Format.parse(text), torch.zeros(2, 8)
     assert torch.equal(fake_quantize(weight, fmt), weight)
     made = quantize(weight, fmt)
-    assert made.scales is not None
-    assert not made.scales.any()
+    assert "scales" in made.parts
+    assert not made.parts["scales"].any()
     weight[:, 0] = 1e-9
     assert torch.equal(fake_quantize(weight, fmt), torch.zeros(2, 8))
 
@@ -320,19 +320,20 @@ def test_packing_is_exact_to_the_byte_and_comes_back(fmt: Format, rows: int, gro
     layer, made = Layer("fc", "linear", (rows, 3 * groups)), quantize(weight, fmt)
     parts = pack(made, fmt)
     assert {name: part.nbytes for name, part in parts.items()} == fmt.itemised_bytes(layer)
-    offset = 2 ** (fmt.bits - 1) if fmt.symmetric else 0
-    assert parts["payload"].tobytes() == reference_rows((made.codes.int() + offset).tolist(), fmt.bits)
-    if made.zero_points is not None:
-        assert parts["zero_points"].tobytes() == reference_rows(made.zero_points.tolist(), fmt.bits)
+    offset = 2 ** (fmt.bits - 1) if (not fmt.asymmetric) else 0
+    assert parts["payload"].tobytes() == reference_rows((made.parts["payload"].int() + offset).tolist(), fmt.bits)
+    if "zero_points" in made.parts:
+        assert parts["zero_points"].tobytes() == reference_rows(made.parts["zero_points"].tolist(), fmt.bits)
     assert_same(unpack(parts, fmt, layer), made)
 
 
 def assert_same(found: Quantized, made: Quantized) -> None:
-    for name in ("codes", "scales", "zero_points"):
-        one, other = getattr(found, name), getattr(made, name)
-        assert (one is None) == (other is None)
-        assert one is None or (one.dtype == other.dtype and torch.equal(one, other)), name
-    assert (found.shape, found.out_axis, found.dtype) == (made.shape, made.out_axis, made.dtype)
+    assert list(found.parts) == list(made.parts)
+    for name, one in found.parts.items():
+        other = made.parts[name]
+        assert one.dtype == other.dtype, name
+        assert torch.equal(one, other), name
+    assert (found.shape, found.row_axes, found.dtype) == (made.shape, made.row_axes, made.dtype)
 
 
 @pytest.mark.parametrize("text", [*FLOATS, "int5-g4-asym"])

@@ -37,6 +37,10 @@ def run(
     format: Annotated[
         list[str] | None, typer.Option("--format", "-f", help="A format of the menu; again for more.")
     ] = None,
+    activation: Annotated[
+        list[str] | None, typer.Option("--activation", "-a", help="A format for inputs, or 16; again for more.")
+    ] = None,
+    kv: Annotated[list[str] | None, typer.Option("--kv", help="A format for KV caches; again for more.")] = None,
     estimator: Annotated[str | None, typer.Option(help="Name of the estimator.")] = None,
     solver: Annotated[str | None, typer.Option(help="Name of the solver.")] = None,
     pin: Annotated[list[str] | None, typer.Option(help="LAYER=FORMAT, the layer may be a pattern.")] = None,
@@ -69,6 +73,7 @@ def run(
         "solver": solver, "tokens": tokens, "validation_tokens": validation_tokens, "length": length,
         "text_key": text_key, "points": points, "random": random, "seed": seed, "storage": storage, "out": out,
         "budgets": tuple(budget) if budget else None, "formats": tuple(format) if format else None,
+        "activations": tuple(activation) if activation else None, "kv": tuple(kv) if kv else None,
         "pins": _pins(pin) if pin else None, "trust_remote_code": trust_remote_code or None, "workers": workers,
     }  # fmt: skip
     values: dict[str, Any] = {key: value for key, value in given.items() if value is not None}

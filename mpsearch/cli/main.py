@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from mpsearch import __version__
-from mpsearch.cli import compute, options, stored
+from mpsearch.cli import compute, formats, options, stored
 from mpsearch.errors import MpsearchError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ for command in (
     stored.show,
     stored.export,
     stored.layers,
+    formats.formats,
     compute.demo,
 ):
     app.command()(command)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -116,6 +116,36 @@ def excluded_table(layers: Layers) -> Table:
     table = _table("Left out (kept as stored, and counted)", ("tensor", "left"), ("bytes", "right"), ("reason", "left"))
     for kept in layers.excluded:
         table.add_row(Text(safe(kept.name)), f"{kept.stored_bytes:,}", Text(safe(kept.reason)))
+    return table
+
+
+def in_short(names: Sequence[str]) -> str:
+    """Name the first layer, and how many more there are.
+
+    >>> in_short(["a", "b", "c"])
+    'a and 2 more'
+    """
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def formats_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """The number formats, one table per purpose, with who can store them."""
+    tables: dict[str, Table] = {}
+    for row in rows:
+        if row["for"] not in tables:
+            columns = (("format", "left"), ("bits", "right"), ("made from", "left"), ("held by", "left"))
+            tables[row["for"]] = _table(row["for"], *columns)
+        held = Text(", ".join(row["held_by"]), no_wrap=True, overflow="ellipsis")
+        tables[row["for"]].add_row(row["format"].ljust(34), f"{row['bits']:.4f}", row["needs"].ljust(10), held)
+    return list(tables.values())
+
+
+def refusals_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What a model's layers can take."""
+    table = _table("Formats of this model's layers", ("format", "left"), ("taken by", "right"), ("refused", "left"))
+    for row in rows:
+        reasons = [f"{in_short(entry['layers'])}: {entry['reason']}" for entry in row["refused"]]
+        table.add_row(row["format"], f"{row['taken']} of {row['layers']}", Text(safe("; ".join(reasons))))
     return table
 
 

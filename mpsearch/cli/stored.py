@@ -110,24 +110,30 @@ def export(
 
     mpsearch export tiny-llama --budget 'weights <= 3.5 bits' --to native --out exported
     """
+    from dataclasses import replace
+
     from mpsearch import registry
     from mpsearch.plan import BitPlan
 
     exporter = registry.make("exporters", to, force=force)
     if name.endswith(".json"):
-        plan, source = BitPlan.load(name), model
+        plan, source, setup = BitPlan.load(name), model, None
     else:
         study = open_study(name, storage)
         try:
             plan, source = study.plan(*(budget or [])), model or study.spec.model
+            setup = replace(study.spec.setup, model=source)
         finally:
             study.store.close()
     loaded = None
     if to == "native" and weights and source:
         from mpsearch.bundled import resolve_model
+        from mpsearch.evaluate.workbench import Workbench
         from mpsearch.model.model import load_model
 
-        loaded = load_model(resolve_model(source, Path.cwd()))
+        folder = resolve_model(source, Path.cwd())
+        calibrated = any(fmt.calibrated for fmt in plan.formats.values())
+        loaded = Workbench.load(replace(setup, model=folder)).model if calibrated and setup else load_model(folder)
         if loaded.digest != plan.model.get("digest"):
             raise InputError(
                 "E302", f"the plan is for another model than '{source}'", advice="give the model's folder: --model"

@@ -13,7 +13,7 @@ import torch
 from mpsearch.errors import InputError
 from mpsearch.front import Measurement, Metric
 from mpsearch.machine import machine
-from mpsearch.model.apply import quantized_weight, swapped
+from mpsearch.model.apply import Change, changed
 from mpsearch.model.digest import digest_of
 from mpsearch.model.model import Model
 from mpsearch.model.reference import Reference, divergence
@@ -25,7 +25,8 @@ from mpsearch.spread import mean_and_error
 class Kl:
     """KL divergence to the original model, and cross-entropy on the data's own tokens, both in nats per token.
 
-    Every layer is quantised as the plan says and the whole model runs. The standard errors are over sequences.
+    Weights, activations and KV caches are rounded as the plan says and the whole model runs, in float32. The standard
+    errors are over sequences.
     Cost: one forward pass per plan, one of the original for all plans.
     """
 
@@ -42,12 +43,12 @@ class Kl:
             raise InputError("E302", f"the plan is for model {plan.model['digest'][:8]}…, this is {model.digest[:8]}…")
         start = time.perf_counter()
         reference = Reference.of(model, batches)
-        weights = {layer: quantized_weight(model, layer, plan.formats[layer.name]) for layer in plan.layers}
+        change = Change.of(model, {layer: plan.formats[layer.name] for layer in plan.layers})
         kl: list[float] = []
         entropy: list[float] = []
         for i, batch in enumerate(batches):
             log_p = reference.log_probabilities(i)
-            with torch.no_grad(), swapped(model, weights):
+            with torch.no_grad(), changed(model, change):
                 found = divergence(log_p, model.logits(batch), batch)
             kl.extend(found.kl.tolist())
             entropy.extend(found.cross_entropy.tolist())

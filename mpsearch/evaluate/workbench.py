@@ -46,6 +46,9 @@ class Workbench:
     notices: tuple[Notice, ...] = ()
     _single: dict[int, Sequence[Any]] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        self.model.calibrate(self.calibration)
+
     @classmethod
     def load(cls, setup: Setup) -> Workbench:
         """Load what a setup names.
@@ -77,7 +80,7 @@ class Workbench:
                 f"{setup.validation.text}: one sequence has no spread; plans are measured on at least 2",
                 advice="more validation tokens, or a shorter length",
             )
-        layers = find_layers(model, calibration, setup.ties)
+        layers = find_layers(model, calibration, setup.ties, caches=setup.caches)
         notices = calibration.notices + validation.notices
         sequences = sum(len(batch["input_ids"]) for batch in validation)
         if sequences < FEW:
@@ -101,7 +104,7 @@ class Workbench:
                 self.model, BitPlan.from_json(task.plan), self.validation, task.label
             )
         except InputError as error:
-            if error.code != "E511":
+            if error.code not in ("E421", "E511"):
                 raise
             return Failed(error.code, error.message)
         return measured

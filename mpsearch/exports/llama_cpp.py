@@ -16,13 +16,14 @@ from mpsearch.exports.folder import cannot_hold, write_folder
 from mpsearch.exports.gguf_names import ARCHITECTURES, GgufNames
 from mpsearch.files import write_file
 from mpsearch.format import Format
+from mpsearch.formats.gguf_types import GgufType
 from mpsearch.layer import Excluded, Layer
 from mpsearch.plan import BitPlan
 
 TYPES_FILE = "tensor-types.txt"
 SCRIPT_FILE = "quantize.sh"
 
-#: Our format -> the GGUF type of the same bits, group and stored bytes.
+#: Format that is no GGUF type itself -> the GGUF type of the same bits, group and stored bytes.
 GGUF_TYPES: Mapping[str, str] = {
     "int4-g32": "q4_0",
     "int5-g32": "q5_0",
@@ -32,8 +33,23 @@ GGUF_TYPES: Mapping[str, str] = {
     "fp32": "f32",
 }
 _STORED_TYPES: Mapping[str, str] = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+# Quantised file types that need no importance matrix -> the type of most of their tensors.
+_BASES: Mapping[str, str] = {
+    "Q8_0": "q8_0",
+    "Q5_0": "q5_0",
+    "Q4_0": "q4_0",
+    "Q4_1": "q4_1",
+    "Q5_1": "q5_1",
+    "Q6_K": "q6_k",
+    "Q5_K_S": "q5_k",
+    "Q4_K_S": "q4_k",
+    "Q3_K_S": "q3_k",
+    "IQ4_NL": "iq4_nl",
+    "IQ4_XS": "iq4_xs",
+}
 # Tensors that llama.cpp keeps in 32 bits whatever is asked for.
 _ALWAYS_F32 = re.compile(r"(_norm|^position_embd|^token_types|\.ffn_gate_inp)\.weight$")
+_CACHE = "{layer}: {fmt} has no place in GGUF: llama.cpp is told of its caches when it runs; allowed kv-bf16, kv-fp16"
 _LINE = re.compile(r"\^((?:[a-z0-9_]|\\\.)+)\$=([a-z0-9_]+)")
 _SCRIPT = f"""#!/bin/sh
 # Usage: sh {SCRIPT_FILE} MODEL.gguf OUT.gguf
@@ -66,10 +82,12 @@ class LlamaCpp:
     ``quantize.sh MODEL.gguf OUT.gguf`` is the ready command. Kept tensors of two axes are listed with their
     stored type, because llama.cpp would quantise what is not listed.
 
-    Formats: int4-g32, int5-g32, int8-g32, bf16, fp16, fp32; their bytes equal those of q4_0, q5_0, q8_0, bf16,
-    f16, f32. The rounding of q4_0 and q5_0 is llama.cpp's own: the weight of largest magnitude, sign included,
-    is divided by -8 and -16. On normally distributed weights their squared error is 0.79 and 0.89 of the one
-    here, so a loss measured there is a little lower.
+    Formats: all GGUF types (q4_K, q6_K, q8_0, iq4_xs, …), which are rounded here as llama.cpp rounds them, byte for
+    byte without an importance matrix; and int4-g32, int5-g32, int8-g32, bf16, fp16, fp32, whose bytes equal those of
+    q4_0, q5_0, q8_0, bf16, f16, f32. The rounding of q4_0 and q5_0 is llama.cpp's own: the weight of largest
+    magnitude, sign included, is divided by -8 and -16. On normally distributed weights their squared error is 0.79
+    and 0.89 of that of int4-g32 and int5-g32, so a loss measured there is a little lower. Types are written in lower
+    case (q4_k), as in llama.cpp's own examples; it takes either case.
 
     Source: llama.cpp ``tools/quantize/quantize.cpp`` and ``src/llama-quant.cpp``, gguf 0.19.
 
@@ -126,8 +144,14 @@ class LlamaCpp:
         if architecture not in ARCHITECTURES:
             return [_Entry("model", problem=_unknown(architecture))]
         kept = plan.layers.excluded
-        names = GgufNames(architecture, [*(layer.tensor for layer in plan.layers), *(tensor.name for tensor in kept)])
-        entries = [_place(layer, plan.formats[layer.name], names, architecture) for layer in plan.layers]
+        weights = [layer for layer in plan.layers if layer.kind != "kv_cache"]
+        names = GgufNames(architecture, [*(layer.tensor for layer in weights), *(tensor.name for tensor in kept)])
+        entries = [_place(layer, plan.formats[layer.name], names, architecture) for layer in weights]
+        entries += [
+            _Entry(layer.name, problem=_CACHE.format(layer=layer.name, fmt=plan.formats[layer.name]))
+            for layer in plan.layers
+            if layer.kind == "kv_cache" and str(plan.formats[layer.name]) not in ("kv-bf16", "kv-fp16")
+        ]
         entries += [_place_kept(tensor, names, architecture) for tensor in kept]
         return sorted(_without_doubles(entries), key=lambda entry: names.order(entry.name))
 
@@ -155,7 +179,7 @@ def read_tensor_types(path: Path) -> dict[str, str]:
 def _place(layer: Layer, fmt: Format, names: GgufNames, architecture: str) -> _Entry:
     name = _gguf_name(layer, names)
     allowed = [text for text in GGUF_TYPES if not Format.parse(text).refuses(layer)]
-    kind = GGUF_TYPES.get(str(fmt), "")
+    kind = _type_of(fmt)
     if layer.kind not in ("linear", "embedding") or len(layer.shape) != 2:
         reason, allowed = f"has no place in GGUF: the layer is a {layer.kind} of shape {layer.shape}", []
     elif not name:
@@ -173,6 +197,11 @@ def _place(layer: Layer, fmt: Format, names: GgufNames, architecture: str) -> _E
     if not reason:
         return _Entry(layer.name, name, kind)
     return _Entry(layer.name, problem=f"{layer.name}: {fmt} {reason}; allowed {', '.join(allowed) or 'nothing'}")
+
+
+def _type_of(fmt: Format) -> str:
+    """Return the GGUF type that holds a format; empty when none does."""
+    return fmt.type_name.lower() if isinstance(fmt, GgufType) else GGUF_TYPES.get(str(fmt), "")
 
 
 def _place_kept(kept: Excluded, names: GgufNames, architecture: str) -> _Entry:
@@ -216,9 +245,10 @@ def _gguf_bytes(layer: Layer, kind: str) -> int:
 def _base_type(used: Collection[str]) -> str:
     """Choose the type of the command line: quantised, or llama.cpp ignores the list, and none of the list's own.
 
-    Some builds pass over a listed type that equals the base type (llama.cpp pull request 22572).
+    Some builds pass over a listed type that equals the base type (llama.cpp pull request 22572). A plan that uses
+    every one of them gets the first.
     """
-    return next(base for base in ("Q8_0", "Q5_0", "Q4_0", "Q4_1") if base.lower() not in used)
+    return next((base for base, kind in _BASES.items() if kind not in used), "Q8_0")
 
 
 def _unknown(architecture: str) -> str:

@@ -18,25 +18,28 @@ from mpsearch.errors import InputError
 from mpsearch.exports.folder import cannot_hold, check_folder, write_folder
 from mpsearch.files import write_file
 from mpsearch.format import Format
+from mpsearch.formats.activation import Activation
 from mpsearch.layer import Excluded, Layer
+from mpsearch.model.activations import pack_range
+from mpsearch.model.codec import Evidence
+from mpsearch.model.evidence import Calibration
 from mpsearch.model.packing import pack, unpack
 from mpsearch.model.quantize import dequantize, quantize
 from mpsearch.plan import BitPlan
 
 PLAN = "plan.json"
 WEIGHTS = "weights.safetensors"
-_PARTS = ("payload", "scales", "zero_points")
 
 
 @dataclass(frozen=True)
 class Native:
     """Writes a plan and, given the model, its packed weights.
 
-    ``weights.safetensors`` holds for a layer in an integer format ``<tensor>.payload``, ``<tensor>.scales`` and,
-    for an asymmetric one, ``<tensor>.zero_points`` as flat uint8 (see `mpsearch.model.packing`); for a layer in a
-    plain float format ``<tensor>`` in that type; for every kept tensor its own name in its stored type. A weight
-    that several modules share is held once. The bytes of all tensors add up to ``plan.bytes``. The metadata
-    field ``plan`` names the plan by its digest.
+    ``weights.safetensors`` holds for a layer in a quantised format ``<tensor>.<part>`` for each part that
+    ``format.itemised_bytes`` names (``payload``, ``scales``, …) as flat uint8 (see `mpsearch.model.packing`; scales of
+    inputs in float32); for a layer in a plain number type ``<tensor>`` in that type; nothing for a KV cache; for every
+    kept tensor its own name in its stored type. A weight that several modules share is held once. The bytes of all
+    tensors add up to ``plan.bytes``. The metadata field ``plan`` names the plan by its digest.
 
     Memory: the packed model twice, beside the model itself.
 
@@ -68,7 +71,7 @@ class Native:
             plan: the plan.
             folder: a new or empty folder.
             model: anything whose ``module`` is a torch module with the original weights; they are left as
-                they are.
+                they are. For formats that are made from calibration data, a calibrated `mpsearch.model.model.Model`.
 
         Returns:
             The files that were written.
@@ -82,7 +85,7 @@ class Native:
             raise cannot_hold("native", violations)
         writers: dict[str, Callable[[Path], object]] = {PLAN: plan.save}
         if model is not None:
-            content = safetensors.torch.save(_packed(plan, model.module), metadata={"plan": plan.key})
+            content = safetensors.torch.save(_packed(plan, model), metadata={"plan": plan.key})
             writers[WEIGHTS] = partial(write_file, content=content)
         return write_folder(folder, "native", writers, self.force)
 
@@ -149,26 +152,33 @@ def _file_names(plan: BitPlan) -> Iterator[tuple[str, str]]:
 
 def _names(layer: Layer, fmt: Format) -> dict[str, str]:
     """Part -> its name in the file, for the parts that hold bytes."""
-    if fmt.family == "float":
+    if fmt.weight.family == "plain" and len(fmt.itemised_bytes(layer)) == 1:
         return {"payload": layer.tensor}
     return {part: f"{layer.tensor}.{part}" for part, size in fmt.itemised_bytes(layer).items() if size}
 
 
-def _packed(plan: BitPlan, module: nn.Module) -> dict[str, Tensor]:
+def _packed(plan: BitPlan, model: Any) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for layer in plan.layers:
         fmt = plan.formats[layer.name]
-        weight = _find(module, layer.tensor, layer.shape)
-        quantized = quantize(weight, fmt, layer.out_axis, name=layer.name)
-        if fmt.family == "float":
-            numbers = replace(quantized, dtype=quantized.codes.dtype)
+        if layer.kind == "kv_cache":
+            continue
+        weight = _find(model.module, layer.tensor, layer.shape)
+        calibration = Calibration.of(model) if fmt.calibrated else None
+        evidence = calibration.evidence(layer, fmt.weight) if calibration else Evidence()
+        quantized = quantize(weight, fmt, layer.row_axes, name=layer.name, evidence=evidence)
+        names = _names(layer, fmt)
+        if names.get("payload") == layer.tensor:
+            numbers = replace(quantized, dtype=quantized.parts["payload"].dtype)
             tensors[layer.tensor] = dequantize(numbers).cpu()
             continue
         parts = pack(quantized, fmt)
-        for part, name in _names(layer, fmt).items():
+        if calibration and isinstance(fmt.activation, Activation) and fmt.activation.static:
+            parts |= pack_range(calibration.input_range(layer, fmt.activation), fmt.activation)
+        for part, name in names.items():
             tensors[name] = torch.from_numpy(parts[part])
     for kept in plan.layers.excluded:
-        tensors[kept.name] = _kept(_find(module, kept.name, kept.shape), kept)
+        tensors[kept.name] = _kept(_find(model.module, kept.name, kept.shape), kept)
     return tensors
 
 
@@ -177,18 +187,28 @@ def _unpacked(plan: BitPlan, stored: Mapping[str, Tensor], path: Path) -> dict[s
     try:
         for layer in plan.layers:
             fmt = plan.formats[layer.name]
-            if fmt.family == "float":
+            if layer.kind == "kv_cache":
+                continue
+            if _names(layer, fmt).get("payload") == layer.tensor:
                 weight = stored[layer.tensor].to(torch.float32)
             else:
                 parts = {part: stored[name].numpy() for part, name in _names(layer, fmt).items()}
                 # Not in the stored type: rounding to bfloat16 again would not be what was measured.
                 weight = dequantize(replace(unpack(parts, fmt, layer), dtype=torch.float32))
+            weights |= _input_parts(layer, fmt, stored)
             weights |= dict.fromkeys((layer.tensor, *(f"{module}.weight" for module in layer.shared)), weight)
         for kept in plan.layers.excluded:
             weights[kept.name] = stored[kept.name]
     except KeyError as error:
         raise InputError("E304", f"'{path}': tensor {error} is missing", advice="export the plan again") from error
     return weights
+
+
+def _input_parts(layer: Layer, fmt: Format, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scales and zero points of a static input, under their names in the file."""
+    names = {part: name for part, name in _names(layer, fmt).items() if part.startswith("input_")}
+    return {name: stored[name].view(torch.float32) if part == "input_scales" else stored[name]
+            for part, name in names.items()}  # fmt: skip
 
 
 def _find(module: nn.Module, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -21,7 +21,7 @@ class Bops:
     scores, norms) are left out. Percentages of a budget refer to 16-bit weights and 16-bit activations.
 
     Attributes:
-        activation_bits: bits of the activations.
+        activation_bits: bits of activations that a format leaves as they are.
 
     >>> table = Bops().cost([Layer("fc", "linear", (8, 64), macs=512)], [Format.parse("int4-g64")])
     >>> table.value.tolist(), table.kind
@@ -29,6 +29,9 @@ class Bops:
     """
 
     activation_bits: int = 16
+
+    def _input_bits(self, fmt: Format) -> int:
+        return self.activation_bits if fmt.activation is None else fmt.activation.bits
 
     def cost(self, layers: Sequence[Layer], formats: Sequence[Format]) -> CostTable:
         if not any(layer.macs for layer in layers):
@@ -42,7 +45,7 @@ class Bops:
             [
                 np.nan
                 if any(fmt.refuses(x) for x in row.layers)
-                else float(sum(x.macs for x in row.layers) * fmt.bits * self.activation_bits)
+                else float(sum(x.macs for x in row.layers) * fmt.bits * self._input_bits(fmt))
                 for fmt in formats
             ]
             for row in rows

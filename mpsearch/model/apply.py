@@ -1,21 +1,108 @@
-"""Applying formats to a model, and putting its weights back bit for bit."""
+"""Applying formats to a model (weights, activations, KV caches), and putting everything back bit for bit."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from mpsearch.errors import InputError
 from mpsearch.format import Format
+from mpsearch.formats.activation import Activation
+from mpsearch.formats.kv_cache import KvCache
 from mpsearch.layer import Layer
+from mpsearch.model.activations import Range, round_input
+from mpsearch.model.evidence import Calibration, channel_axis
+from mpsearch.model.kv_cache import find_caches
 from mpsearch.model.model import Model
-from mpsearch.model.quantize import fake_quantize
+from mpsearch.model.quantize import Quantized, fake_quantize, quantize
 
 
 def quantized_weight(model: Model, layer: Layer, fmt: Format) -> Tensor:
-    """The weight of a layer after a round trip through a format, float32, same shape."""
-    return fake_quantize(model.weight(layer.name).detach(), fmt, layer.out_axis, name=layer.name)
+    """The weight of a layer after a round trip through a format, float32, same shape.
+
+    Raises:
+        InputError: as `fake_quantize`; also when calibration data is needed and cannot be had (E422).
+    """
+    evidence = Calibration.of(model).evidence(layer, fmt)
+    weight = model.weight(layer.name).detach()
+    return fake_quantize(weight, fmt, layer.row_axes, name=layer.name, evidence=evidence)
+
+
+def quantized_parts(model: Model, layer: Layer, fmt: Format) -> Quantized:
+    """What is stored of a layer in a format; dequantised it is `quantized_weight` bit for bit."""
+    evidence = Calibration.of(model).evidence(layer, fmt)
+    return quantize(model.weight(layer.name).detach(), fmt, layer.row_axes, name=layer.name, evidence=evidence)
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """Everything that formats change in a model, ready to be applied any number of times.
+
+    Attributes:
+        weights: layer -> rounded weight, float32, the shape of the layer's own.
+        inputs: layer -> format of its input, and its range where the format is static.
+        caches: (number of the attention layer, 0 for keys and 1 for values) -> format.
+    """
+
+    weights: Mapping[Layer, Tensor] = field(default_factory=dict)
+    inputs: Mapping[Layer, tuple[Activation, Range | None]] = field(default_factory=dict)
+    caches: Mapping[tuple[int, int], KvCache] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: Model, formats: Mapping[Layer, Format]) -> Change:
+        """Round what the formats ask for. Call while the model is unchanged.
+
+        Raises:
+            InputError: a layer cannot take its format (E130), or as `quantized_weight`.
+        """
+        weights, inputs, caches = {}, {}, {}
+        places = find_caches(model) if any(isinstance(fmt, KvCache) for fmt in formats.values()) else {}
+        for layer, fmt in formats.items():
+            if problem := fmt.refuses(layer):
+                raise InputError("E130", f"layer '{layer.name}': {problem}")
+            if isinstance(fmt, KvCache):
+                place = places[layer.name]
+                caches[place.number, place.side] = fmt
+                continue
+            weights[layer] = quantized_weight(model, layer, fmt.weight)
+            activation = fmt.activation
+            if isinstance(activation, Activation):
+                seen = Calibration.of(model).input_range(layer, activation) if activation.static else None
+                inputs[layer] = (activation, seen)
+        return cls(weights, inputs, caches)
+
+
+@contextmanager
+def changed(model: Model, change: Change) -> Iterator[None]:
+    """Run the body with a change applied.
+
+    Caches are rounded where the body asks for `Model.logits`.
+    """
+    rounded = [(name, how) for layer, how in change.inputs.items() for name in (layer.name, *layer.shared)]
+    hooked = [(model.holder(name), _rounding(*how)) for name, how in rounded]
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooked]
+    try:
+        with swapped(model, change.weights):
+            model.caches = {place: fmt for place, fmt in change.caches.items() if fmt.number.family != "plain"}
+            yield
+    finally:
+        model.caches = {}
+        for handle in handles:
+            handle.remove()
+
+
+def _rounding(fmt: Activation, seen: Range | None) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if args:
+            return (round_input(args[0], fmt, channel_axis(module), seen), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, {**kwargs, name: round_input(kwargs[name], fmt, channel_axis(module), seen)}
+
+    return hook
 
 
 @contextmanager
@@ -41,11 +128,11 @@ def swapped(model: Model, weights: Mapping[Layer, Tensor]) -> Iterator[None]:
 
 @contextmanager
 def applied(model: Model, formats: Mapping[Layer, Format]) -> Iterator[None]:
-    """Run the body with some layers quantised (see `swapped`).
+    """Run the body with some layers in other formats (see `changed`).
 
     Args:
         model: the model.
         formats: which layers get which format.
     """
-    with swapped(model, {layer: quantized_weight(model, layer, fmt) for layer, fmt in formats.items()}):
+    with changed(model, Change.of(model, formats)):
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import InputError
 from mpsearch.layer import Excluded, Layer, Layers
+from mpsearch.model.kv_cache import find_caches
 from mpsearch.model.model import Batch, Model, batch_size
 
 Ties = Literal["auto", "none"] | Sequence[Sequence[str]]
@@ -39,6 +41,7 @@ class _Use:
 
     calls: int = 0
     macs: int = 0
+    routed: int = 0
     inputs: list[Tensor] = field(default_factory=list)
     read: tuple[int, ...] = ()
 
@@ -48,18 +51,19 @@ class _Use:
         self.inputs.clear()
 
 
-def find_layers(model: Model, batches: Sequence[Batch] = (), ties: Ties = "auto") -> Layers:
+def find_layers(model: Model, batches: Sequence[Batch] = (), ties: Ties = "auto", *, caches: bool = False) -> Layers:
     """Find what can be decided in a model, with one forward pass per batch.
 
-    Linear, convolution and embedding weights are decided; everything else keeps its number type and is
-    listed with the reason. A weight that several modules share is one layer. Linear siblings that read the
-    very same tensor (q/k/v, gate/up) are tied, because engines fuse them.
+    Linear, convolution and embedding weights are decided, and so are weights of many experts stacked in one tensor;
+    everything else keeps its number type and is listed with the reason. A weight that several modules share is one
+    layer. Linear siblings that read the very same tensor (q/k/v, gate/up) are tied, because engines fuse them.
 
     Args:
         model: the model.
         batches: what to run it on, to count multiply-adds, to see what is fused, and what is never called. Without any,
             a language model runs on eight tokens, and nothing counts as never called.
         ties: ``auto`` as above, ``none``, or lists of layer names or patterns, one list per tie.
+        caches: also list the KV caches, keys and values apart, after all weights.
 
     Raises:
         InputError: nothing to decide (E418), or a tie that matches nothing (E120).
@@ -85,8 +89,19 @@ def find_layers(model: Model, batches: Sequence[Batch] = (), ties: Ties = "auto"
                 excluded.append(Excluded(full, tuple(parameter.shape), dtype, reason))
                 continue
             use = used.get(path, _Use())
+            if _holds_experts(module, parameter):
+                layers[id(parameter)] = _expert(full, module, parameter, dtype, use)
+                continue
             out_axis = 1 if _is_transposed(module) else 0
-            layers[id(parameter)] = Layer(path, _kind(module), tuple(parameter.shape), out_axis, dtype, use.macs)
+            layers[id(parameter)] = Layer(
+                path,
+                _kind(module),
+                tuple(parameter.shape),
+                out_axis,
+                dtype,
+                use.macs,
+                groups=int(getattr(module, "groups", 1)) if _kind(module) == "conv" else 1,
+            )
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
                 full = f"{path}.{name}" if path else name
@@ -102,8 +117,27 @@ def find_layers(model: Model, batches: Sequence[Batch] = (), ties: Ties = "auto"
         )
     per = _units(model, batches)
     items = tuple(replace(layer, macs=layer.macs // per) for layer in layers.values())
+    if caches:
+        items += tuple(place.layer for place in find_caches(model).values())
     found = Layers(items, tuple(excluded), "token" if model.tokens else "sample")
     return _tie(found, used, ties)
+
+
+def _holds_experts(module: nn.Module, parameter: Tensor) -> bool:
+    """Whether a parameter stacks the weights of experts.
+
+    That is: three axes, more than one expert, in a module that is no layer of its own kind and holds no others. (Tokens
+    and positions that vision models learn have three axes as well, the first of length 1.)
+    """
+    inner = (x for child in module.children() for x in child.parameters())
+    return parameter.ndim == 3 and parameter.shape[0] > 1 and not _kind(module) and next(inner, None) is None
+
+
+def _expert(name: str, module: nn.Module, parameter: Tensor, dtype: str, use: _Use) -> Layer:
+    # Hugging Face marks experts that keep their weights as (experts, in, out).
+    out_axis = 2 if getattr(module, "is_transposed", False) else 1
+    size = math.prod(parameter.shape[1:])
+    return Layer(name, "expert", tuple(parameter.shape), out_axis, dtype, use.routed * size)
 
 
 def _join(layer: Layer, path: str, use: _Use | None) -> Layer:
@@ -114,15 +148,15 @@ def _calls(model: Model, used: dict[str, _Use]) -> dict[int, int]:
     """How often each weight was used, by all modules that share it."""
     calls: dict[int, int] = {}
     for path, use in used.items():
-        weight = model.module.get_submodule(path).weight
-        calls[id(weight)] = calls.get(id(weight), 0) + use.calls
+        for weight in model.module.get_submodule(path).parameters(recurse=False):
+            calls[id(weight)] = calls.get(id(weight), 0) + use.calls
     return calls
 
 
 def _reason_to_keep(module: nn.Module, name: str, parameter: Tensor, calls: dict[int, int] | None) -> str:
     if parameter.ndim < 2:
         return "1-D norm or bias vector"
-    if name != "weight" or not _kind(module):
+    if not _holds_experts(module, parameter) and (name != "weight" or not _kind(module)):
         return f"no quantiser for {type(module).__name__}.{name}"
     if calls is not None and not calls.get(id(parameter)):
         return "never called by the data"
@@ -146,7 +180,8 @@ def _watch_forward(model: Model, batches: Sequence[Batch]) -> dict[str, _Use]:
     used: dict[str, _Use] = {}
     handles = []
     for path, module in model.module.named_modules():
-        if _kind(module) and examples:
+        stacked = any(_holds_experts(module, x) for x in module.parameters(recurse=False))
+        if (_kind(module) or stacked) and examples:
             used[path] = _Use()
             handles.append(module.register_forward_hook(_watcher(used[path]), with_kwargs=True))
     try:
@@ -164,6 +199,9 @@ def _watch_forward(model: Model, batches: Sequence[Batch]) -> dict[str, _Use]:
 def _watcher(use: _Use) -> Any:
     def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         use.calls += 1
+        if not _kind(module):
+            use.routed += _routed(args, kwargs)
+            return
         first = args[0] if args else next(iter(kwargs.values()), None)
         if isinstance(first, Tensor):
             use.inputs.append(first)
@@ -172,6 +210,15 @@ def _watcher(use: _Use) -> Any:
             use.macs += output.numel() * (weight.numel() // weight.shape[1 if _is_transposed(module) else 0])
 
     return watch
+
+
+def _routed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How many (token, expert) pairs a module of experts works on: the size of its index of chosen experts."""
+    given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    chosen = next((x for x in given if x.dtype in (torch.int32, torch.int64)), None)
+    if chosen is not None:
+        return chosen.numel()
+    return given[0].numel() // given[0].shape[-1] if given else 0
 
 
 def _tie(found: Layers, used: dict[str, _Use], ties: Ties) -> Layers:

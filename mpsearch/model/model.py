@@ -16,6 +16,7 @@ from mpsearch.errors import InputError
 from mpsearch.layer import DTYPE_BITS
 from mpsearch.model.checkpoint import check_stored_types, find_folder, folder_digest, read_config, weight_files
 from mpsearch.model.digest import function_digest, module_digest
+from mpsearch.model.kv_cache import Formats, cached_logits
 
 Batch = Any
 Value = TypeVar("Value")
@@ -35,6 +36,8 @@ class Model:
         tokens: true when a batch holds ``input_ids`` and the model predicts the next token.
         vocabulary: number of tokens the model knows; 0 when it does not read tokens.
         context: longest sequence the model takes; 0 when not known.
+        calibration: batches that rounding may be made from; empty when there are none.
+        caches: what `logits` keeps keys and values in while a change is applied; empty for as they are.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class Model:
         shared = _shared_storage(module)
         self.module = (module if owned else copy.deepcopy(module)).float().eval()
         _share_again(self.module, shared)
+        # A caller may have frozen some for training; here gradients are only ever asked for, never applied.
+        self.module.requires_grad_(True)
         self.digest = digest or self._content()
         self.architecture = type(module).__name__
         self.tokens = tokens
@@ -76,6 +81,8 @@ class Model:
         self._loss = loss
         self._logits = logits
         self._memo: dict[str, tuple[object, Any]] = {}
+        self.calibration: Sequence[Batch] = ()
+        self.caches: Formats = {}
 
     def _content(self) -> str:
         return hashlib.sha256(f"{module_digest(self.module)}{self.stored}{self._functions}".encode()).hexdigest()
@@ -113,6 +120,8 @@ class Model:
         """
         if self._logits is not None:
             return self._logits(self.module, batch)
+        if self.tokens and self.caches:
+            return cached_logits(self.module, batch, self.caches)
         if self.tokens:
             output: Tensor = self.module(**batch, use_cache=False).logits
             return output
@@ -146,10 +155,29 @@ class Model:
         return int(batch["input_ids"].shape[1]) - 1 if self.tokens else 1
 
     def weight(self, layer_name: str) -> nn.Parameter:
-        """The weight of a layer."""
-        parameter = self.module.get_submodule(layer_name).weight
+        """The weight of a layer: that of the module of this name, or, of stacked experts, the parameter itself."""
+        holder, attribute = self._place(layer_name)
+        parameter = getattr(holder, attribute)
         assert isinstance(parameter, nn.Parameter)
         return parameter
+
+    def holder(self, layer_name: str) -> nn.Module:
+        """The module that holds the weight of a layer."""
+        return self._place(layer_name)[0]
+
+    def _place(self, layer_name: str) -> tuple[nn.Module, str]:
+        path, _, attribute = layer_name.rpartition(".")
+        outer = self.module.get_submodule(path)
+        if isinstance(getattr(outer, attribute, None), nn.Parameter):
+            return outer, attribute
+        return self.module.get_submodule(layer_name), "weight"
+
+    def calibrate(self, batches: Sequence[Batch]) -> None:
+        """Say what data rounding may be made from; what was made from other data is forgotten."""
+        if batches is not self.calibration:
+            self.calibration = batches
+            for kind in ("calibration", "deltas"):
+                self._memo.pop(kind, None)
 
 
 def _shared_storage(module: nn.Module) -> list[list[str]]:

@@ -1,24 +1,15 @@
 """Rounding weights to a number format: the one rule that scores, measurements and exports share.
 
-A weight is seen as (rows, columns): one row per output channel, the other axes flattened in their order.
-The weights that share one scale are a tensor, a row, or ``group`` consecutive columns of a row. With ``b``
-bits, all in float32:
-
-- symmetric: ``scale = fp16(max|w| / n)``, ``code = clamp(round(w / scale), -n, n)``, ``n = 2**(b-1) - 1``;
-- asymmetric: the range ``low..high`` is widened to hold 0, ``scale = fp16((high - low) / n)``,
-  ``zero = clamp(round(-low / scale), 0, n)``, ``code = clamp(round(w / scale) + zero, 0, n)``, ``n = 2**b - 1``;
-- a plain float: ``w`` in that type.
-
-``round`` takes halves to the even number. The stored fp16 scale is the one that codes are made with. Weights
-whose scale is 0 (all zeros, or below what fp16 can tell from 0) become exact zeros. A code times its scale
-has at most 19 bits, so dequantizing is exact in float32.
-
-Source: the uniform affine quantizer of Jacob et al. 2018 (arXiv:1712.05877) with fp16 scales.
+A weight is seen as (rows, columns): one row per output channel (of stacked experts: per expert and output channel),
+the other axes flattened in their order. What happens to the rows is said in the codec of the format's family
+(`mpsearch.model.codecs`). The result depends on the weight, the format and the evidence only, not on strides, device or
+number type of the computation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +18,7 @@ from torch import Tensor
 from mpsearch.errors import InputError
 from mpsearch.format import Format
 from mpsearch.layer import Layer
+from mpsearch.model.codec import Codec, Evidence, RangeError, all_finite, codec_of
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "float64": torch.float64,
@@ -34,6 +26,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+_NOTHING = Evidence()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,53 +34,53 @@ class Quantized:
     """A weight in a format.
 
     Attributes:
-        codes: (rows, columns); int8 for symmetric integers, uint8 for asymmetric ones, the numbers themselves
-            for a plain float.
-        scales: float16 (rows, groups per row), or (1, 1) for one scale per tensor; ``None`` for a plain float.
-        zero_points: uint8 of the shape of ``scales``; ``None`` without.
+        parts: what is stored: ``payload`` (codes, one number per weight) and what goes with it (``scales``,
+            ``zero_points``, …), as the family's codec says.
         shape: shape of the weight.
-        out_axis: its axis of the output channels.
+        row_axes: its axes of the output channels.
         dtype: its number type.
+        fmt: the format of the weight.
     """
 
-    codes: Tensor
-    scales: Tensor | None
-    zero_points: Tensor | None
+    parts: Mapping[str, Tensor]
     shape: tuple[int, ...]
-    out_axis: int
+    row_axes: tuple[int, ...]
     dtype: torch.dtype
+    fmt: Format
 
 
-def quantize(weight: Tensor, fmt: Format, out_axis: int = 0, *, name: str = "") -> Quantized:
+def quantize(
+    weight: Tensor,
+    fmt: Format,
+    row_axes: int | Sequence[int] = 0,
+    *,
+    name: str = "",
+    evidence: Evidence = _NOTHING,
+) -> Quantized:
     """Round a weight to a format.
 
     Args:
-        weight: any shape with the output channels on ``out_axis``, any float type, any strides; left as it is.
-        fmt: the format.
-        out_axis: axis of the output channels (1 for a transposed linear).
+        weight: any shape with the output channels on ``row_axes``, any float type, any strides; left as it is.
+        fmt: the format; of a joined one, the format of the weight.
+        row_axes: axis of the output channels (1 for a transposed linear), or axes for stacked experts.
         name: name of the layer, for messages.
+        evidence: what the format's rounding must know beside the weight.
 
     Raises:
-        InputError: a group does not divide the columns (E130); no data (E410); not a plain float weight (E411);
-            NaN or infinity (E412); a scale or number passes the largest of its type (E421).
+        InputError: the shape does not take the format (E130); no data (E410); not a plain float weight (E411); NaN
+            or infinity (E412); a scale or number passes the largest of its type (E421); evidence is missing (E422).
 
     >>> made = quantize(torch.tensor([[0.5, -7.0, 3.5, 0.0]]), Format.parse("int4-channel"))
-    >>> made.codes.tolist(), made.scales.tolist()
+    >>> made.parts["payload"].tolist(), made.parts["scales"].tolist()
     ([[0, -7, 4, 0]], [[1.0]])
     """
-    _check_weight(weight, fmt, out_axis, name)
-    shape = tuple(weight.shape)
-    if fmt.family == "float":
-        return Quantized(_to_float(_rows(weight, out_axis), fmt, name), None, None, shape, out_axis, weight.dtype)
-    codes, scale, zero = _round(weight, fmt, out_axis, name)
-    return Quantized(
-        codes.to(torch.int8 if zero is None else torch.uint8).reshape(shape[out_axis], -1),
-        scale.squeeze(-1),
-        None if zero is None else zero.to(torch.uint8).squeeze(-1),
-        shape,
-        out_axis,
-        weight.dtype,
-    )
+    axes = _checked(weight, fmt, row_axes, name, evidence)
+    codec: Codec[Format] = codec_of(type(fmt.weight))
+    try:
+        parts = codec.encode(_rows(weight, axes), fmt.weight, evidence)
+    except RangeError as error:
+        raise _out_of_range(error, weight, name) from error
+    return Quantized(parts, tuple(weight.shape), axes, weight.dtype, fmt.weight)
 
 
 def dequantize(quantized: Quantized) -> Tensor:
@@ -100,37 +93,37 @@ def dequantize(quantized: Quantized) -> Tensor:
     >>> torch.equal(dequantize(quantize(weight, fmt)), fake_quantize(weight, fmt))
     True
     """
-    values = quantized.codes.to(torch.float32, copy=True)
-    if quantized.scales is not None:
-        values = values.reshape(*quantized.scales.shape, -1)
-        if quantized.zero_points is not None:
-            values.sub_(quantized.zero_points.to(torch.float32).unsqueeze(-1))
-        values.mul_(quantized.scales.to(torch.float32).unsqueeze(-1))
-    return _weight(values, quantized.shape, quantized.out_axis, quantized.dtype)
+    columns = math.prod(quantized.shape) // math.prod(quantized.shape[axis] for axis in quantized.row_axes)
+    values = codec_of(type(quantized.fmt)).decode(quantized.parts, quantized.fmt, columns)
+    return _weight(values, quantized.shape, quantized.row_axes, quantized.dtype)
 
 
-def fake_quantize(weight: Tensor, fmt: Format, out_axis: int = 0, *, name: str = "") -> Tensor:
+def fake_quantize(
+    weight: Tensor,
+    fmt: Format,
+    row_axes: int | Sequence[int] = 0,
+    *,
+    name: str = "",
+    evidence: Evidence = _NOTHING,
+) -> Tensor:
     """Return a weight rounded to a format, in its own shape and number type.
 
-    The error of a weight is at most half a step, and what rounding the scale to fp16 adds at the ends of the
-    range. Symmetric integers are odd (``Q(-w) = -Q(w)``) and idempotent in float32; asymmetric ones are
-    idempotent where their codes span the range. A float16 weight that would pass 65504 by that rounding stays
-    at 65504.
+    A float16 weight that would pass 65504 by that rounding stays at 65504.
 
-    Cost: about six passes over the weight and one float32 copy of it.
+    Cost for integers: about six passes over the weight and one float32 copy of it.
 
     Args, Raises: as `quantize`.
 
     >>> fake_quantize(torch.tensor([[0.5, -7.0, 3.5, 0.0]]), Format.parse("int4-channel"))
     tensor([[ 0., -7.,  4.,  0.]])
     """
-    _check_weight(weight, fmt, out_axis, name)
-    if fmt.family == "float":
-        return _to_float(weight, fmt, name).to(weight.dtype).contiguous()
-    values, scale, zero = _round(weight, fmt, out_axis, name)
-    values = values.mul_(scale.to(torch.float32)) if zero is None else values.sub_(zero).mul_(scale.to(torch.float32))
-    # Adding 0 turns -0 into the +0 that a stored code of 0 gives.
-    return _weight(values.add_(0.0), tuple(weight.shape), out_axis, weight.dtype)
+    axes = _checked(weight, fmt, row_axes, name, evidence)
+    codec: Codec[Format] = codec_of(type(fmt.weight))
+    try:
+        values = codec.fake(_rows(weight, axes), fmt.weight, evidence)
+    except RangeError as error:
+        raise _out_of_range(error, weight, name) from error
+    return _weight(values, tuple(weight.shape), axes, weight.dtype)
 
 
 def check_finite(name: str, weight: Tensor) -> None:
@@ -149,7 +142,7 @@ def check_finite(name: str, weight: Tensor) -> None:
       try      repair the checkpoint, or leave this layer out
     """
     _check_numbers(weight, name)
-    if _all_finite(weight):
+    if all_finite(weight):
         return
     bad = ~torch.isfinite(weight.detach())
     count, first = int(bad.sum()), tuple(int(i) for i in bad.nonzero()[0])
@@ -161,69 +154,42 @@ def check_finite(name: str, weight: Tensor) -> None:
     )
 
 
-def _round(weight: Tensor, fmt: Format, out_axis: int, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return codes (blocks, groups, size) as float32, fp16 scales and float32 zero points (blocks, groups, 1)."""
-    rows = _rows(weight, out_axis)
-    blocks = 1 if fmt.granularity == "tensor" else rows.shape[0]
-    groups = rows.shape[1] // fmt.group if fmt.granularity == "group" else 1
-    values = rows.reshape(blocks, groups, -1).to(torch.float32)
-    high, low = values.amax(-1, keepdim=True), values.amin(-1, keepdim=True)
-    if fmt.symmetric:
-        top, span = 2 ** (fmt.bits - 1) - 1, torch.maximum(high, -low)
-    else:
-        top, span = 2**fmt.bits - 1, high.clamp_(min=0) - low.clamp_(max=0)
-    # Of zeros the widest may be -0, which would be stored as a scale of -0.
-    exact = (span / top).add_(0.0)
-    scale = exact.to(torch.float16)
-    if not _all_finite(scale):
-        check_finite(name, weight)
-        raise InputError(
-            "E421",
-            f"{_label(name, weight)}: weights reach {_magnitude(weight):.4g}, so {fmt} needs a scale of "
-            f"{float(exact.max()):.4g}; a stored fp16 scale ends at 65504",
-            advice="give this layer bf16 or fp32, or more bits",
-        )
-    step = scale.to(torch.float32).masked_fill_(scale == 0, 1.0)
-    # Only a float32 weight can share its memory with `values`; every other is a copy that may be written.
-    codes = torch.div(values, step) if weight.dtype == torch.float32 else values.div_(step)
-    codes.round_()
-    if fmt.symmetric:
-        return codes.clamp_(-top, top), scale, None
-    zero = low.neg_().div_(step).round_().clamp_(0, top)
-    return codes.add_(zero).clamp_(0, top), scale, zero
+def _rows(weight: Tensor, axes: Sequence[int]) -> Tensor:
+    count = math.prod(weight.shape[axis] for axis in axes)
+    return weight.detach().movedim(tuple(axes), tuple(range(len(axes)))).reshape(count, -1).contiguous()
 
 
-def _to_float(weight: Tensor, fmt: Format, name: str) -> Tensor:
-    numbers = weight.detach().to(torch.float32).to(TORCH_DTYPES[fmt.dtype], copy=True)
-    if not _all_finite(numbers):
-        check_finite(name, weight)
-        raise InputError(
-            "E421",
-            f"{_label(name, weight)}: weights reach {_magnitude(weight):.4g}; {fmt} ends at "
-            f"{torch.finfo(numbers.dtype).max:.4g}",
-            advice="give this layer bf16 or fp32",
-        )
-    return numbers
-
-
-def _rows(weight: Tensor, out_axis: int) -> Tensor:
-    return weight.detach().movedim(out_axis, 0).reshape(weight.shape[out_axis], -1).contiguous()
-
-
-def _weight(values: Tensor, shape: tuple[int, ...], out_axis: int, dtype: torch.dtype) -> Tensor:
+def _weight(values: Tensor, shape: Sequence[int], axes: Sequence[int], dtype: torch.dtype) -> Tensor:
     if dtype == torch.float16:
         values = values.clamp_(-65504.0, 65504.0)
-    others = [size for axis, size in enumerate(shape) if axis != out_axis]
-    return values.reshape(shape[out_axis], *others).movedim(0, out_axis).to(dtype).contiguous()
+    sizes = [*(shape[axis] for axis in axes), *(size for axis, size in enumerate(shape) if axis not in axes)]
+    return values.reshape(sizes).movedim(tuple(range(len(axes))), tuple(axes)).to(dtype).contiguous()
 
 
-def _check_weight(weight: Tensor, fmt: Format, out_axis: int, name: str) -> None:
+def _checked(
+    weight: Tensor, fmt: Format, row_axes: int | Sequence[int], name: str, evidence: Evidence
+) -> tuple[int, ...]:
     _check_numbers(weight, name)
-    if not 0 <= out_axis < weight.dim() or not weight.numel():
-        raise InputError("E411", f"{_label(name, weight)}: holds no weights with output channels on axis {out_axis}")
-    problem = fmt.refuses(Layer(name, "linear", tuple(weight.shape), out_axis))
+    axes = (row_axes,) if isinstance(row_axes, int) else tuple(row_axes)
+    if not all(0 <= axis < weight.dim() for axis in axes) or not weight.numel():
+        raise InputError("E411", f"{_label(name, weight)}: holds no weights with output channels on axis {row_axes}")
+    kind = "expert" if len(axes) > 1 else "linear"
+    problem = fmt.weight.refuses(Layer(name, kind, tuple(weight.shape), axes[-1]))
     if problem:
         raise InputError("E130", f"{_label(name, weight)}: {problem}")
+    check_finite(name, weight)
+    if fmt.needs and getattr(evidence, fmt.needs) is None:
+        what = {"hessian": "the layer's inputs", "importance": "gradients of the loss"}[fmt.needs]
+        raise InputError(
+            "E422",
+            f"{_label(name, weight)}: {fmt} rounds by {what}, and none were given",
+            advice="give calibration data",
+        )
+    return axes
+
+
+def _out_of_range(error: RangeError, weight: Tensor, name: str) -> InputError:
+    return InputError("E421", f"{_label(name, weight)}: {error}", advice="give this layer bf16 or fp32, or more bits")
 
 
 def _check_numbers(weight: Tensor, name: str) -> None:
@@ -241,18 +207,6 @@ def _check_numbers(weight: Tensor, name: str) -> None:
             f"{', '.join(TORCH_DTYPES)}",
             advice="start from the 16- or 32-bit checkpoint",
         )
-
-
-def _all_finite(values: Tensor) -> bool:
-    # The extremes carry every NaN and infinity, and are 10 times quicker than isfinite over all weights.
-    if not values.numel():
-        return True
-    return bool(torch.isfinite(torch.stack(torch.aminmax(values.detach()))).all())
-
-
-def _magnitude(weight: Tensor) -> float:
-    low, high = torch.aminmax(weight.detach())
-    return max(float(high), -float(low))
 
 
 def _label(name: str, weight: Tensor) -> str:

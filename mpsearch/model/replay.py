@@ -53,7 +53,7 @@ class Replay:
         self.exact = False
         if not self._blocks:
             return
-        modules = [self._model.module.get_submodule(n) for layer in layers for n in (layer.name, *layer.shared)]
+        modules = [self._model.holder(n) for layer in layers for n in (layer.name, *layer.shared)]
         first = min(self._order.get(module, -1) for module in modules)
         stage = sum(1 for block in self._blocks if self._order[block] <= first)
         # A block is called before all that it holds, so the first changed layer can only be in the last block begun.

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from mpsearch.errors import InputError
 from mpsearch.format import Format
 from mpsearch.layer import Decision, Layer, decisions
 from mpsearch.model.apply import quantized_weight
@@ -100,11 +102,19 @@ class Deltas:
         return model.memo("deltas", model, lambda: cls(model))
 
     def __call__(self, layer: Layer, fmt: Format) -> Tensor:
-        """Q(W) - W of a layer in a format: float32, the weight's shape."""
+        """Q(W) - W of a layer in a format: float32, the weight's shape; NaN where the format cannot hold the weight."""
+        fmt = fmt.weight
         known = self._kept.get((layer.name, fmt))
         if known is not None:
             return known
-        delta = quantized_weight(self._model, layer, fmt) - self._model.weight(layer.name).detach()
+        weight = self._model.weight(layer.name).detach()
+        try:
+            delta = quantized_weight(self._model, layer, fmt) - weight
+        except InputError as error:
+            if error.code != "E421":
+                raise
+            # The format cannot hold these weights: its cells become `non_finite`, and it is not chosen.
+            return torch.full_like(weight, torch.nan)
         size = delta.numel() * delta.element_size()
         if size <= self._room:
             self._room -= size

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 
+from mpsearch.errors import InputError
 from mpsearch.format import Format
 from mpsearch.layer import Decision, Layer, decisions
-from mpsearch.model.apply import quantized_weight, swapped
+from mpsearch.model.apply import Change, changed
 from mpsearch.model.model import Model
 from mpsearch.model.reference import Reference, divergence
 from mpsearch.model.replay import Replay
@@ -41,6 +43,7 @@ class Divergence:
 
     reuse: bool = True
     by: ClassVar[Literal["cell", "batch"]] = "cell"
+    covers: ClassVar[Sequence[str]] = ("weights", "activations", "caches")
     version: ClassVar[int] = 1
 
     def refuses(self, model: Model) -> str:
@@ -54,12 +57,12 @@ class Divergence:
         found: dict[tuple[str, str], Cell] = {}
         samples = 0
         for decision in decisions(layers):
-            if replay is not None:
+            if replay is not None and decision.layers[0].kind != "kv_cache":
                 replay.prepare(decision.layers)
             for fmt in formats:
                 if offered(decision, fmt):
                     values = self._values(model, batches, reference, replay, decision, fmt)
-                    samples = len(values)
+                    samples = max(samples, len(values))
                     found[decision.name, str(fmt)] = mean_cell(values)
         return build_table(
             layers,
@@ -79,11 +82,18 @@ class Divergence:
         decision: Decision,
         fmt: Format,
     ) -> list[float]:
-        quantized = {layer: quantized_weight(model, layer, fmt) for layer in decision.layers}
+        try:
+            change = Change.of(model, dict.fromkeys(decision.layers, fmt))
+        except InputError as error:
+            if error.code != "E421":
+                raise
+            return [math.nan]  # the format cannot hold these weights
+        # A remembered pass has no keys and values to round.
+        full = replay is None or bool(change.caches)
         values: list[float] = []
         for i, batch in enumerate(batches):
             log_p = reference.log_probabilities(i)
-            with torch.no_grad(), swapped(model, quantized):
-                logits = replay.logits(i) if replay is not None else model.logits(batch)
+            with torch.no_grad(), changed(model, change):
+                logits = model.logits(batch) if replay is None or full else replay.logits(i)
             values.extend(divergence(log_p, logits).kl.tolist())
         return values

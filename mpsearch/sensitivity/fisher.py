@@ -52,6 +52,7 @@ class Fisher:
     draws: int = 1
     seed: int = 0
     by: ClassVar[Literal["cell", "batch"]] = "batch"
+    covers: ClassVar[Sequence[str]] = ("weights",)
     version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:

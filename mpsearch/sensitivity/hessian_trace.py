@@ -74,6 +74,7 @@ class HessianTrace:
     step: float = 0.01
     seed: int = 0
     by: ClassVar[Literal["cell", "batch"]] = "batch"
+    covers: ClassVar[Sequence[str]] = ("weights",)
     version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:

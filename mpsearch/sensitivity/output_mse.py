@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mpsearch.format import Format
+from mpsearch.formats.activation import Activation
 from mpsearch.layer import Layer
+from mpsearch.model.activations import Range, round_input
+from mpsearch.model.evidence import Calibration, channel_axis
 from mpsearch.model.model import Model
 from mpsearch.sensitivity.assemble import Cell, Deltas, build_table
 from mpsearch.tables import SensitivityTable
@@ -21,8 +24,9 @@ from mpsearch.tables import SensitivityTable
 class OutputMse:
     """Squared error of each layer's output, with the original model's inputs.
 
-    score = sum over the decision's layers and over all their calls of ||(Q(W) - W) x||^2 / ||W x||^2, both
-    summed over the tokens of a batch; without ``relative`` the mean over tokens of ||(Q(W) - W) x||^2.
+    score = sum over the decision's layers and over all their calls of ||Q(W) Q(x) - W x||^2 / ||W x||^2, both
+    summed over the tokens of a batch; without ``relative`` the mean over tokens of ||Q(W) Q(x) - W x||^2. Q(x) = x
+    where the format leaves the input as it is.
 
     Sees the inputs but not what becomes of the error behind the layer. Bias: none in the local error.
     Standard error: from batch to batch. Cost: one forward pass, and one product per layer, format and call.
@@ -40,6 +44,7 @@ class OutputMse:
 
     relative: bool = True
     by: ClassVar[Literal["cell", "batch"]] = "batch"
+    covers: ClassVar[Sequence[str]] = ("weights", "activations")
     version: ClassVar[int] = 1
 
     def refuses(self, model: Model) -> str:
@@ -53,6 +58,8 @@ class OutputMse:
     def _one(self, model: Model, batch: Any, layers: Sequence[Layer], formats: Sequence[Format]) -> SensitivityTable:
         deltas = Deltas.of(model)
         errors = {(layer.name, fmt): 0.0 for layer in layers for fmt in formats if not fmt.refuses(layer)}
+        ranges = _ranges(model, layers, formats)
+        _gather(model, layers, formats)
         outputs = {layer.name: 0.0 for layer in layers}
         vectors = {layer.name: 0 for layer in layers}
 
@@ -63,14 +70,21 @@ class OutputMse:
                 outputs[layer.name] += _squared(clean)
                 vectors[layer.name] += clean.numel() // layer.rows if layer.kind != "embedding" else x.numel()
                 for fmt in formats:
-                    if (layer.name, fmt) in errors:
+                    if (layer.name, fmt) not in errors:
+                        continue
+                    if isinstance(fmt.activation, Activation):
+                        rounded = round_input(x, fmt.activation, channel_axis(module), ranges.get((layer.name, fmt)))
+                        weight = model.weight(layer.name) + deltas(layer, fmt)
+                        errors[layer.name, fmt] += _squared(linear_part(module, rounded, weight) - clean)
+                    else:
                         errors[layer.name, fmt] += _squared(linear_part(module, x, deltas(layer, fmt)))
 
             return hook
 
         handles = [
-            model.module.get_submodule(name).register_forward_hook(watch(layer), with_kwargs=True)
+            model.holder(name).register_forward_hook(watch(layer), with_kwargs=True)
             for layer in layers
+            if layer.kind != "expert"  # what its module is called with is not what the weight is multiplied with
             for name in (layer.name, *layer.shared)
         ]
         try:
@@ -91,6 +105,25 @@ class OutputMse:
 
         unit = "relative squared output error" if self.relative else "squared output error/token"
         return build_table(layers, formats, cell, unit=unit, samples=1, source={"estimator": "output_mse"})
+
+
+def _ranges(model: Model, layers: Sequence[Layer], formats: Sequence[Format]) -> dict[tuple[str, Format], Range]:
+    """Ranges of the inputs that static formats are made from."""
+    return {
+        (layer.name, fmt): Calibration.of(model).input_range(layer, fmt.activation)
+        for fmt in formats
+        if isinstance(fmt.activation, Activation) and fmt.activation.static
+        for layer in layers
+        if not fmt.refuses(layer)
+    }
+
+
+def _gather(model: Model, layers: Sequence[Layer], formats: Sequence[Format]) -> None:
+    """Let the model run for what rounding needs now: once layers are watched, that would be counted as well."""
+    for fmt in formats:
+        for layer in layers:
+            if fmt.needs and layer.kind != "expert" and not fmt.refuses(layer):
+                Calibration.of(model).evidence(layer, fmt.weight)
 
 
 def _squared(x: Tensor) -> float:

@@ -35,6 +35,7 @@ class WeightMse:
 
     relative: bool = False
     by: ClassVar[Literal["cell", "batch"]] = "cell"
+    covers: ClassVar[Sequence[str]] = ("weights",)
     version: ClassVar[int] = 1
 
     def refuses(self, model: Model) -> str:

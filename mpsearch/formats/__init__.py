@@ -1,0 +1,1 @@
+"""Families of number formats: names, fit and exact bytes. Their rounding is in `mpsearch.model.codecs`."""
