@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CODE := mpsearch tests studies benchmarks
+CODE := mpsearch tests studies benchmarks examples
 BENCHMARKS := frontier curvature solving solvers formats kill_study
 
 .PHONY: demo test lint bench browser clean

@@ -115,9 +115,9 @@ def score(
     Raises:
         InputError: the estimator cannot score this model (E506), or there is no data (E501).
     """
-    from mpsearch.evaluate.workbench import one_thread
     from mpsearch.model.find import find_layers
     from mpsearch.model.model import as_model
+    from mpsearch.model.threads import one_thread
 
     found = as_model(model)
     chosen = registry.make("estimators", estimator, **settings)
@@ -126,12 +126,12 @@ def score(
         raise InputError("E506", f"estimator '{estimator}' cannot score '{found.name}': {refusal}")
     menu = parse_formats(formats)
     check_covers(estimator, menu)
-    found.calibrate(batches)
-    if not batches and estimator != "weight_mse":
+    if not batches and getattr(chosen, "needs_data", True):
         raise InputError("E501", "there are no calibration batches")
     with one_thread():
         caches = any(fmt.family == "kv" for fmt in menu)
         what = layers if layers is not None else find_layers(found, batches or (), caches=caches)
+        found.calibrate(batches, what)
         table: SensitivityTable = chosen.score(found, batches, what, menu)
     return table
 
@@ -142,7 +142,8 @@ def cost(model: Any, formats: Sequence[str], target: str = "bytes", *, batch: An
     Args:
         model: as for `layers`, or its result.
         formats: the menu.
-        target: ``bytes`` or ``bops``.
+        target: ``bytes`` (as the native export stores it; ``bytes@gptq``, ``bytes@awq``, ``bytes@compressed-tensors``,
+            ``bytes@gguf`` as these do), ``kv`` (settings ``context`` and ``batch``) or ``bops``.
         batch: as for `layers`.
         settings: of the target.
 
@@ -210,13 +211,11 @@ def measure(
     >>> measure(model, {"0": "int8-channel@int8-token"}, [torch.ones(2, 8)]).loss < 1e-3
     True
     """
-    from mpsearch.evaluate.workbench import one_thread
     from mpsearch.model.find import find_layers
     from mpsearch.model.model import as_model
+    from mpsearch.model.threads import one_thread
 
     found = as_model(model)
-    if calibration:
-        found.calibrate(calibration)
     with one_thread():
         if not isinstance(plan, BitPlan):
             caches = any(str(fmt).startswith("kv-") for fmt in plan.values())
@@ -225,6 +224,7 @@ def measure(
             if wrong:
                 raise InputError("E302", f"the plan names other layers than the model has: {', '.join(wrong[:5])}")
             plan = BitPlan(what, {name: Format.parse(str(fmt)) for name, fmt in plan.items()})
+        found.calibrate(calibration, plan.layers)
         measurement: Measurement = registry.make("evaluators", "kl").measure(found, plan, data, label)
     return measurement
 

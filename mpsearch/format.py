@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mpsearch import registry
 from mpsearch.errors import InputError, did_you_mean
@@ -45,6 +45,8 @@ class Format(ABC):
     examples: ClassVar[tuple[str, ...]] = ()
     #: What it is for, in one line.
     purpose: ClassVar[str] = ""
+    #: Raised with every change of what its codec gives: it is part of the key of scores and measurements.
+    version: ClassVar[int] = 1
 
     if TYPE_CHECKING:
 
@@ -80,6 +82,17 @@ class Format(ABC):
     def needs(self) -> Needs:
         """What rounding must know beside the weight."""
         return ""
+
+    @property
+    def key(self) -> str:
+        """Its name, and the versions of the codecs behind it where they are not the first."""
+        versions = [type(fmt).version for fmt in self.behind]
+        return str(self) if set(versions) == {1} else f"{self} v{'.'.join(map(str, versions))}"
+
+    @property
+    def behind(self) -> tuple[Format, ...]:
+        """The formats whose codecs do the rounding."""
+        return (self,)
 
     @property
     def idempotent(self) -> bool:
@@ -136,6 +149,10 @@ class Format(ABC):
         return iter(())
 
 
+#: Characters of an unknown name that a message repeats.
+_SHOWN = 60
+
+
 @dataclass(frozen=True, slots=True)
 class Joined(Format):
     """A format for a layer's weight and one for its input, printed ``W@A``.
@@ -161,6 +178,10 @@ class Joined(Format):
         first, at, second = text.partition("@")
         if not at:
             return None
+        if not first:
+            raise InputError(
+                "E109", f"format '{text}': nothing stands before the @", advice=f"write one like int4-g128{text}"
+            )
         weight = Format.parse(first)
         if weight.family in ("joined", "kv"):
             raise InputError("E110", f"format '{text}': '{first}' is not a format of weights")
@@ -199,6 +220,10 @@ class Joined(Format):
     def activation(self) -> Format | None:
         return self.input_format
 
+    @property
+    def behind(self) -> tuple[Format, ...]:
+        return *self.weight_format.behind, *self.input_format.behind
+
     def misfit(self, layer: Layer) -> str:
         if layer.kind == "embedding":
             return f"an embedding reads token numbers, which cannot be rounded; use {self.weight_format}"
@@ -210,17 +235,32 @@ class Joined(Format):
 
 @lru_cache(maxsize=4096)
 def _parse(text: str) -> Format:
-    families = [registry.load("formats", name) for name in registry.names("formats")]
-    for family in (Joined, *families):
-        found: Format | None = family.read(text)
-        if found is not None:
-            return found
-    examples = [example for family in (*families, Joined) for example in family.examples]
+    families: list[type[Format]] = [*(_family(name) for name in registry.names("formats")), Joined]
+    if text.isascii():
+        for family in reversed(families):
+            found = family.read(text)
+            if found is not None:
+                return found
+    examples = [example for family in families for example in family.examples]
+    shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
     raise InputError(
         "E109",
-        f"format '{text}' is not known{did_you_mean(text, examples)}",
+        f"format '{shown}' is not known{did_you_mean(shown, examples)}",
         advice="`mpsearch formats` lists all; write one like int4-g128, int8-channel, nf4-b64, mxfp4, q4_K, bf16",
     )
+
+
+@lru_cache(maxsize=64)
+def _family(name: str) -> type[Format]:
+    """Load a family; one of a plug-in that is none is an error that names it."""
+    found: Any = registry.load("formats", name)
+    if not (isinstance(found, type) and issubclass(found, Format) and bool(getattr(found, "family", ""))):
+        raise InputError(
+            "E107",
+            f"the plug-in of the family '{name}' is not a subclass of mpsearch.format.Format with a `family`",
+            advice="uninstall it, or see docs/formats.md",
+        )
+    return found
 
 
 def all_formats() -> Mapping[str, tuple[Format, ...]]:
@@ -231,24 +271,26 @@ def all_formats() -> Mapping[str, tuple[Format, ...]]:
     """
     found: dict[str, tuple[Format, ...]] = {}
     for name in registry.names("formats"):
-        examples = [Format.parse(text) for text in registry.load("formats", name).examples]
+        examples = [Format.parse(text) for text in _family(name).examples]
         more = [other for fmt in examples[:1] for other in fmt.catalogue()]
         found[name] = tuple(dict.fromkeys([*examples, *more]))
     return found
 
 
-def parse_formats(texts: Iterable[str]) -> tuple[Format, ...]:
-    """Read a menu of formats; the same one twice is an error.
+def parse_formats(texts: Iterable[str | Format] | str) -> tuple[Format, ...]:
+    """Read a menu of formats, given by name or as they are; the same one twice is an error.
 
     Raises:
         InputError: unknown (E109), impossible (E110), given twice or none at all (E108).
     """
-    names = list(texts)
+    names = [texts] if isinstance(texts, str) else list(texts)
+    if not all(isinstance(text, (str, Format)) for text in names):
+        raise InputError("E109", f"formats: expected names such as int4-g128, got {names!r}")
     if not names:
         raise InputError("E108", "formats: the list is empty", advice="give at least one, such as int4-g128")
     found: list[Format] = []
     for text in names:
-        parsed = Format.parse(text)
+        parsed = text if isinstance(text, Format) else Format.parse(text)
         if parsed in found:
             raise InputError("E108", f"formats: '{text}' is given twice")
         found.append(parsed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -110,14 +111,20 @@ class Planner:
             InputError: a layer can take no format of the menu (E130).
         """
         mask = allowed(self.costs, self.pins, [str(fmt) for fmt in self.menu])
+        for text in self.spec.activations:
+            pairs = [fmt for fmt in self.menu if str(fmt).endswith(f"@{text}")]
+            if pairs and all(fmt in self.misfits for fmt in pairs):
+                raise InputError("E130", f"activation '{text}' fits no layer: {self.why_not(pairs[0])}")
         if self.spec.activations and "16" not in self.spec.activations:
             self._ask_for_activations(mask)
         for decision, row in zip(self.layers.decisions, mask, strict=True):
             if np.isnan(row).all():
+                cache = decision.layers[0].kind == "kv_cache"
+                offered = [fmt for fmt in self.menu if (fmt.family == "kv") == cache]
                 layer = next(
-                    x for x in decision.layers if all(fmt.refuses(x) for fmt in self.menu) or x is decision.layers[-1]
+                    (x for x in decision.layers if all(fmt.refuses(x) for fmt in offered)), decision.layers[-1]
                 )
-                reason = next((fmt.refuses(layer) for fmt in self.menu if fmt.refuses(layer)), "no format is offered")
+                reason = next((fmt.refuses(layer) for fmt in offered if fmt.refuses(layer)), "no format is offered")
                 raise InputError("E130", f"layer '{layer.name}': {reason}", advice="offer another format as well")
         return mask
 
@@ -138,6 +145,12 @@ class Planner:
         for budget in budgets:
             if budget.priced_by in {table.resource for table in self.costs}:
                 continue
+            if budget.resource == "kv" and self.spec.kv:
+                raise InputError(
+                    "E420",
+                    f"budget '{budget}': the model keeps no KV cache that could be rounded",
+                    advice="give a causal language model of Hugging Face, not wrapped in functions of your own",
+                )
             if budget.resource == "kv":
                 raise InputError(
                     "E420",
@@ -151,13 +164,25 @@ class Planner:
         """Say so when the budget of weights holds the whole model at 16 bits, so that nothing is to be searched."""
         weights = self.costs[0]
         needed = max(weights.reference, self.at_16_bits().bytes)
-        if self.spec.pins or any(b.resource != "weights" or b.limit(weights) < needed for b in budgets):
+        untouched = not self._companions and (
+            not self.spec.kv or any(x in self.spec.kv for x in ("kv-bf16", "kv-fp16"))
+        )
+        if (
+            not untouched
+            or self.spec.pins
+            or any(b.resource != "weights" or b.limit(weights) < needed for b in budgets)
+        ):
             return None
         return Notice(
             "W112",
             f"budget {' and '.join(map(str, budgets))} is more than the model needs at 16 bits "
             f"({needed / 2**20:.2f} MiB): nothing to search, every layer stays at 16 bits",
         )
+
+    def _may_be_left(self) -> bool:
+        """Whether the menus let inputs and caches stay as they are."""
+        caches = not self.spec.kv or any(fmt in self.spec.kv for fmt in ("kv-bf16", "kv-fp16"))
+        return caches and not self._companions
 
     def at_16_bits(self) -> BitPlan:
         """The plan that keeps every layer at 16 bits."""
@@ -203,10 +228,17 @@ class Planner:
                 value[i] = np.where(np.isnan(self.mask[i]), np.nan, np.nan_to_num(value[i]))
         without = [name for name, row in zip(scores.layers, value, strict=True) if np.isnan(row).all()]
         if without:
+            row = scores.layers.index(without[0])
+            lost = bool(scores.status) and "non_finite" in scores.status[row]
             raise InputError(
                 "E211",
                 f"{len(without)} decisions have no usable score in any format, first '{without[0]}'",
-                advice=f"more calibration text, another estimator, or a pin: --pin '{without[0]}=int8-channel'",
+                because="its values are not finite: its weights pass what the formats hold, or the run overflows"
+                if lost
+                else "",
+                advice="offer bf16 or fp32 as well"
+                if lost
+                else f"more calibration text, another estimator, or a pin: --pin '{without[0]}=int8-channel'",
             )
         check_budgets(budgets, self.costs, np.where(np.isnan(value), np.nan, 0.0), self.pins)
         return Problem.of(replace(scores, value=value, status=()), self.costs, budgets)
@@ -226,6 +258,10 @@ class Planner:
             ],
             "scores": scores.source.get("scope", ""),
         }
+        if any(fmt.calibrated for fmt in self.formats):
+            source["calibration"] = {
+                name: getattr(self.spec, name) for name in ("calibration", "tokens", "length", "batch_size")
+            }
         plan = self._from_choice(solution.choice, source)
         if any(b.resource == "weights" and plan.bytes > b.limit(self.costs[0]) for b in budgets):
             raise AssertionError(f"the plan takes {plan.bytes} bytes, more than {' and '.join(map(str, budgets))}")
@@ -299,6 +335,11 @@ class Planner:
         if not self.spec.activations or "16" in self.spec.activations:
             return frozenset()
         return frozenset(fmt.weight for fmt in self.menu if fmt.activation is not None)
+
+    def why_not(self, fmt: Format) -> str:
+        """The reason for which most layers of its kind refuse a format."""
+        concerned = [layer for layer in self.layers if (layer.kind == "kv_cache") == (fmt.family == "kv")]
+        return Counter(fmt.refuses(layer) for layer in concerned or self.layers).most_common(1)[0][0]
 
     @cached_property
     def misfits(self) -> tuple[Format, ...]:

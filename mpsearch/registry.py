@@ -80,7 +80,14 @@ def load(kind: str, name: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     for point in entry_points(group=f"mpsearch.{kind}"):
         if point.name == name:
-            return point.load()
+            try:
+                return point.load()
+            except (ImportError, AttributeError) as error:
+                raise InputError(
+                    "E107",
+                    f"{kind}: the plug-in '{name}' ({point.value}) does not load: {error}",
+                    advice="uninstall it",
+                ) from error
     known = names(kind)
     raise InputError("E107", f"{kind}: no '{name}'{did_you_mean(name, known)}", advice=f"there is {', '.join(known)}")
 

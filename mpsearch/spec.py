@@ -97,8 +97,11 @@ class StudySpec:
         for fmt in menu:
             if fmt.family == "kv":
                 raise InputError("E110", f"formats: '{fmt}' is for KV caches", advice=f'write kv = ["{fmt}"]')
+        object.__setattr__(self, "formats", tuple(map(str, menu)))
         join(menu, self.activations)
-        for cache in parse_formats(self.kv) if self.kv else ():
+        caches = parse_formats(self.kv) if self.kv else ()
+        object.__setattr__(self, "kv", tuple(map(str, caches)))
+        for cache in caches:
             if cache.family != "kv":
                 raise InputError("E110", f"kv: '{cache}' is not for KV caches", advice="write one like kv-int8-token")
         parse_budgets(self.budgets)

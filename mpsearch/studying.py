@@ -8,6 +8,7 @@ from typing import Any
 
 from mpsearch import registry
 from mpsearch.errors import InputError, Notice
+from mpsearch.formats.kv_cache import KvCache, check_length
 from mpsearch.front import ParetoFront
 from mpsearch.keys import content_key
 from mpsearch.machine import fingerprint
@@ -23,6 +24,8 @@ from mpsearch.tasks import Failed, MeasureTask, Survey, SurveyTask
 
 Report = Callable[[str, int, int], None]
 EVALUATOR = "kl"
+#: Raised with every change of what is found in a model: it is part of the survey's key.
+FIND_VERSION = 2
 
 
 class Study(StoredStudy):
@@ -81,6 +84,8 @@ class Study(StoredStudy):
             key, survey = self._find(executor)
             planner = Planner(self.spec, survey.layers, self._model_entry(survey))
             check_covers(self.spec.estimator, planner.formats)
+            if self._work is None:
+                check_length([fmt for fmt in planner.formats if isinstance(fmt, KvCache)], self.spec.length)
             planner.check(self.budgets)
             # A question that cannot be answered takes no name: it can be put right and asked again.
             self.store.create_study(self.name, self.spec.question())
@@ -135,9 +140,7 @@ class Study(StoredStudy):
     def _run(self, planner: Planner, survey: Survey, executor: Executor) -> bool:
         """Score, solve, measure; say whether every plan could be measured."""
         self.notices += [*survey.notices, *layer_notices(survey.layers)]
-        self.notices += [
-            Notice("W131", f"{fmt} fits no layer: {fmt.refuses(survey.layers[0])}") for fmt in planner.misfits
-        ]
+        self.notices += [Notice("W131", f"{fmt} fits no layer: {planner.why_not(fmt)}") for fmt in planner.misfits]
         for position, table in enumerate(planner.costs):
             self.store.put("cost", table.key, table.to_json())
             self.store.link(self.name, "cost", table.key, table.resource, position)
@@ -145,6 +148,10 @@ class Study(StoredStudy):
         if everything is not None:
             self.notices.append(everything)
             return self._measure([Labelled("mixed", planner.at_16_bits())], executor)
+        made = [str(fmt) for fmt in planner.formats if fmt.calibrated]
+        if made:
+            text = f"{', '.join(made)}: made from the calibration data and scored on it, so they look too good"
+            self.notices.append(Notice("W425", f"{text}; plans are measured on other text"))
         scores = self._score(planner, survey, executor)
         self.notices += score_notices(scores)
         chosen = Labelled("mixed", planner.mixed(scores, self.budgets))
@@ -157,8 +164,7 @@ class Study(StoredStudy):
         """Return what is in the model and the text, and its key."""
         spec = self.spec.to_json()
         cut = {name: spec[name] for name in ("tokens", "validation_tokens", "length", "batch_size", "ties")}
-        if self.spec.kv:
-            cut["caches"] = True
+        cut |= {"find": FIND_VERSION, "caches": bool(self.spec.kv)}
         key = content_key([self.identity, cut, fingerprint()])
         known = self.store.get("survey", key)
         if known is None:
@@ -182,7 +188,7 @@ class Study(StoredStudy):
                 "cut": [self.spec.tokens, self.spec.length, self.spec.batch_size],
                 "estimator": [self.spec.estimator, settings, registry.load("estimators", self.spec.estimator).version],
                 "layers": survey.layers.key,
-                "formats": [str(fmt) for fmt in planner.formats],
+                "formats": [fmt.key for fmt in planner.formats],
                 "fingerprint": fingerprint(),
             }
         )
@@ -231,6 +237,7 @@ class Study(StoredStudy):
         cut = [self.spec.validation_tokens, self.spec.length, self.spec.batch_size]
         evaluator = [EVALUATOR, registry.load("evaluators", EVALUATOR).version]
         parts = [plan.assignment, self.identity["validation"], cut, evaluator, fingerprint()]
+        parts += sorted({fmt.key for fmt in plan.formats.values()} - {str(fmt) for fmt in plan.formats.values()})
         if any(fmt.calibrated for fmt in plan.formats.values()):
             parts.append([self.identity["calibration"], self.spec.tokens])
         return content_key(parts)

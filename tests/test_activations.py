@@ -126,7 +126,7 @@ def test_a_static_range_is_that_of_the_calibration_data(x: np.ndarray, seen: np.
         return
     fmt = read(f"{text}-static")
     seen = np.resize(seen, (3, x.shape[1])).astype(np.float32)
-    found = seen_in(torch.from_numpy(seen[2:]), fmt, seen_in(torch.from_numpy(seen[:2]), fmt, None))
+    found = seen_in(torch.from_numpy(seen[2:]), fmt.grain, seen_in(torch.from_numpy(seen[:2]), fmt.grain, None))
     same(round_input(torch.from_numpy(x), fmt, seen=found), oracle(x, fmt, seen))
 
 
@@ -341,7 +341,7 @@ def test_bits_of_a_code(text: str, bits: int) -> None:
 @pytest.mark.parametrize(
     ("text", "code", "says"),
     [
-        ("int4-g64@int9-token", "E110", "9 bits has no grid here; allowed 2 to 8"),
+        ("int4-g64@int9-token", "E110", "9-bit integers have no grid here; allowed 2 to 8"),
         ("int4-g64@int1-token", "E110", "allowed 2 to 8"),
         ("int4-g64@fp8-e4m3-token-asym", "E110", "floats have a sign"),
         ("int4-g64@int8-g0", "E110", "a group of 0 channels"),

@@ -71,3 +71,18 @@ def test_every_field_of_a_study_is_documented() -> None:
     for field in fields(StudySpec):
         if not field.name.endswith("_settings"):
             assert f"`{field.name}`" in page, field.name
+
+
+def test_every_format_stands_in_the_table_of_references() -> None:
+    from fnmatch import fnmatchcase
+
+    from mpsearch.format import all_formats
+    from mpsearch.formats.activation import Activation
+
+    page = (ROOT / "docs" / "formats.md").read_text()
+    table = page[page.index("## Compared with") : page.index("## Bytes")]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    patterns = [name for row in rows for code in re.findall(r"`([^`]+)`", row[0]) for name in code.split()]
+    names = [str(fmt) for fmts in all_formats().values() for fmt in fmts] + [f"@{text}" for text in Activation.examples]
+    assert [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)] == []
+    assert all(row[-1].strip(" |") for row in rows)

@@ -180,10 +180,13 @@ def test_what_vision_models_learn_beside_layers_is_no_expert(module: Any, count:
 
 
 def test_experts_of_a_module_of_our_own() -> None:
+    class Experts(nn.Module):
+        pass
+
     class Stack(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = nn.Module()
+            self.inner = Experts()
             self.inner.weights = nn.Parameter(torch.randn(3, 4, 8))
 
         def forward(self, x: Tensor) -> Tensor:
@@ -192,3 +195,16 @@ def test_experts_of_a_module_of_our_own() -> None:
     # Its module is never called, so nothing is known of its multiply-adds; without data it counts all the same.
     found = mp.layers(Stack())
     assert [(x.name, x.kind, x.row_axes, x.macs) for x in found] == [("inner.weights", "expert", (0, 1), 0)]
+
+
+def test_other_weights_of_three_axes_are_no_experts() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.ConvTranspose1d(4, 8, 3)
+            self.pair = nn.Bilinear(8, 8, 5)
+            self.normed = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3))
+            self.bank = nn.Parameter(torch.randn(2, 4, 8))
+            self.head = nn.Linear(8, 2)
+
+    assert [layer.name for layer in mp.layers(Mixed())] == ["head"]

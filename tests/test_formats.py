@@ -261,7 +261,7 @@ def test_names_read_back_and_others_do_not(text: str, ending: str) -> None:
         ("kv-int8", "E109", "not a format of KV caches"),
         ("int4-g128@", "E110", "nothing is rounded after the @"),
         ("int4-g128@16", "E110", "write int4-g128"),
-        ("int4-g128@int9-token", "E110", "9 bits has no grid here"),
+        ("int4-g128@int9-token", "E110", "9-bit integers have no grid here"),
         ("int4-g128@int8-tokn", "E109", "did you mean 'int8-token'?"),
         ("kv-int8-token@int8-token", "E110", "is not a format of weights"),
         ("int4-g128@int8-token@int8-token", "E109", "is not known"),

@@ -184,9 +184,10 @@ def test_a_query_sees_old_tokens_rounded_and_new_ones_not(
     with applied(model, cache_formats(model, keys, values)):
         ours = model.logits(batch)
     for position in range(length):
-        # What is fed in one step is rounded as for the first token of the step: at most STEP - 1 tokens late. A format
-        # that rounds as it writes is never late.
-        seen = [position + 1 if fmt and not fmt.stepwise else position // step * step + 1 for fmt in how]
+        # The newest tokens are rounded as for the first token of a step: at most STEP - 1 tokens late. Formats that
+        # round as they write, and those that round whole groups, are never late.
+        late = [fmt is not None and fmt.recent > 0 and not fmt.tokens for fmt in how]
+        seen = [position // step * step + 1 if slow else position + 1 for slow in late]
         part = {"input_ids": batch["input_ids"][:, : position + 1]}
         with patched(model, *how, (due(how[0], seen[0]), due(how[1], seen[1]))):
             close(ours[:, position], model.logits(part)[:, -1])
@@ -199,10 +200,29 @@ def test_the_step_is_sixteen_tokens() -> None:
 
 
 @torch.no_grad()
-def test_plain_16_bits_stand_for_as_they_are() -> None:
+def test_the_number_type_of_the_model_stands_for_as_it_is_and_another_is_rounded_to() -> None:
     model, batch = tiny(), tokens()
-    with applied(model, cache_formats(model, "kv-bf16", "kv-fp16")):
+    stored = {layer.dtype for layer in cache_formats(model, "kv-bf16")}
+    assert stored == {"float32"}
+    with applied(model, cache_formats(model, "kv-fp32", "kv-fp32")):
         assert torch.equal(model.logits(batch), tiny().logits(batch))
+    with applied(model, cache_formats(model, "kv-bf16", "kv-bf16")):
+        rounded = model.logits(batch)
+    with patched(model, read("kv-bf16"), read("kv-bf16"), (40, 40)):
+        close(rounded, model.logits(batch))
+    assert not torch.equal(rounded, model.logits(batch))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", ["kv-int4-channel-g40", "kv-int4-token-recent40", "kv-int4-channel-g8-recent32"])
+def test_sequences_in_which_nothing_would_be_rounded_are_refused(text: str) -> None:
+    model, batch = tiny(), tokens(length=40)
+    with (
+        applied(model, cache_formats(model, text)),
+        pytest.raises(InputError, match="nothing would be rounded") as found,
+    ):
+        model.logits(batch)
+    assert found.value.code == "E424"
 
 
 @torch.no_grad()
@@ -407,7 +427,7 @@ def test_a_name_reads_as_it_prints(text: str) -> None:
         ("kv-", "E109", "not a format of KV caches"),
         ("kv-int4-g32", "E109", "not a format of KV caches"),
         ("kv-nf4-b64", "E109", "not a format of KV caches"),
-        ("kv-int4-channel", "E109", "not a format of KV caches"),
+        ("kv-int4-channel", "E110", "write one like kv-int4-channel-g32"),
         ("kv-int4-token-g0", "E110", "a group of 0 is impossible"),
         ("kv-int4-channel-g-8", "E110", "a group of -8 is impossible"),
         ("kv-int9-token", "E110", "int9"),
@@ -427,7 +447,7 @@ def test_what_is_no_format_is_refused_with_the_reason(text: str, code: str, says
 @pytest.mark.parametrize(
     ("layer", "text", "says"),
     [
-        (Layer("fc", "linear", (8, 64)), "kv-int8-token", "is for KV caches, this is a linear"),
+        (Layer("fc", "linear", (8, 64)), "kv-int8-token", "is for KV caches, not for a weight (linear)"),
         (Layer("k", "kv_cache", (2, 64)), "int8-channel", "begin with kv-"),
         (Layer("k", "kv_cache", (2, 64)), "bf16", "begin with kv-"),
         (Layer("k", "kv_cache", (2, 48)), "kv-int4-token-g32", "cannot be cut into groups of 32"),

@@ -16,7 +16,7 @@ import torch
 from mpsearch.errors import InputError, MpsearchError
 from mpsearch.exports.folder import MANIFEST
 from mpsearch.exports.gguf_names import ARCHITECTURES, GgufNames
-from mpsearch.exports.llama_cpp import GGUF_TYPES, LlamaCpp, read_tensor_types
+from mpsearch.exports.llama_cpp import PLAIN_TYPES, LlamaCpp, read_tensor_types
 from mpsearch.exports.native import PLAN, Native
 from mpsearch.format import Format
 from mpsearch.formats.gguf_types import GgufType
@@ -39,12 +39,12 @@ def llama_plan(formats: Mapping[str, str], kept: Sequence[Excluded] = (), **sett
 
 BLOCK = "model.layers.{}.{}"
 LLAMA = {
-    "model.embed_tokens": "int8-g32",
-    BLOCK.format(0, "self_attn.q_proj"): "int4-g32",
-    BLOCK.format(0, "mlp.down_proj"): "int5-g32",
+    "model.embed_tokens": "q8_0",
+    BLOCK.format(0, "self_attn.q_proj"): "q4_0",
+    BLOCK.format(0, "mlp.down_proj"): "q5_0",
     BLOCK.format(2, "self_attn.q_proj"): "fp16",
     BLOCK.format(10, "self_attn.q_proj"): "fp32",
-    **{BLOCK.format(n, "self_attn.v_proj"): "int4-g32" for n in range(11)},
+    **{BLOCK.format(n, "self_attn.v_proj"): "q4_0" for n in range(11)},
     "lm_head": "bf16",
 }
 
@@ -61,10 +61,10 @@ class TestLlamaCpp(ExporterSuite):
     @pytest.fixture
     def refused(self) -> tuple[BitPlan, Sequence[str]]:
         wrong = {f"model.layers.{n}.mlp.down_proj": "int3-g32" for n in range(25)}
-        return llama_plan({**wrong, "lm_head": "int8-g32"}), list(wrong)
+        return llama_plan({**wrong, "lm_head": "q8_0"}), list(wrong)
 
     def read_back(self, folder: Path, plan: BitPlan) -> Mapping[str, str]:
-        ours = {theirs: text for text, theirs in GGUF_TYPES.items()}
+        ours = {theirs: text for text, theirs in PLAIN_TYPES.items()} | {t.lower(): t for t in GgufType.examples}
         table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 11)
         types = read_tensor_types(folder / "tensor-types.txt")
         names = {layer.name: table.get_name(layer.tensor, (".weight",)) for layer in plan.layers}
@@ -100,7 +100,7 @@ def test_every_line_matches_its_own_tensor_and_no_other(tmp_path: Path) -> None:
 def test_types_have_the_bytes_of_the_formats() -> None:
     layer = Layer("x", "linear", (6, 96))
     weight = np.random.default_rng(0).standard_normal(layer.shape).astype(np.float32)
-    for text, kind in GGUF_TYPES.items():
+    for text, kind in PLAIN_TYPES.items():
         stored = gguf.quants.quantize(weight, gguf.GGMLQuantizationType[kind.upper()])
         assert stored.nbytes == Format.parse(text).bytes(layer), text
 
@@ -153,7 +153,7 @@ def test_kept_matrices_are_listed_with_their_stored_type(tmp_path: Path) -> None
         Excluded("model.layers.0.self_attn.q_proj.bias", (96,), "bfloat16", "1-D"),
         Excluded("model.layers.0.mlp.up_proj.weight", (64, 96), "bfloat16", "never called"),
     ]
-    lines = write_types(llama_plan({"model.embed_tokens": "int4-g32"}, kept), tmp_path)
+    lines = write_types(llama_plan({"model.embed_tokens": "q4_0"}, kept), tmp_path)
     assert lines == [r"^token_embd\.weight$=q4_0", r"^output\.weight$=f16", r"^blk\.0\.ffn_up\.weight$=bf16"]
 
 
@@ -165,37 +165,37 @@ def test_kept_matrices_are_listed_with_their_stored_type(tmp_path: Path) -> None
     ],
 )
 def test_kept_matrices_that_cannot_stay_are_refused(name: str, dtype: str, reason: str) -> None:
-    plan = llama_plan({"model.embed_tokens": "int4-g32"}, [Excluded(name, (64, 96), dtype, "never called")])
+    plan = llama_plan({"model.embed_tokens": "q4_0"}, [Excluded(name, (64, 96), dtype, "never called")])
     assert LlamaCpp().refuses(plan) == [f"{name}: cannot be kept as it is: {reason}"]
 
 
-ALL = "int4-g32, int5-g32, int8-g32, bf16, fp16, fp32"
+ALL = "q8_0, q4_0, bf16, fp16, fp32"
 
 
 @pytest.mark.parametrize(
     ("name", "fmt", "settings", "reason"),
     [
-        ("lm_head", "int3-g64", {"shape": (4, 64)}, f"int3-g64 has no GGUF type of the same layout; allowed {ALL}"),
-        ("lm_head", "int4-g32-asym", {}, f"int4-g32-asym has no GGUF type of the same layout; allowed {ALL}"),
-        ("lm_head", "int8-channel", {}, f"int8-channel has no GGUF type of the same layout; allowed {ALL}"),
+        ("lm_head", "int3-g64", {"shape": (4, 64)}, f"int3-g64 is no GGUF type; allowed {ALL}"),
+        ("lm_head", "int4-g32-asym", {}, f"int4-g32-asym is no GGUF type; allowed {ALL}"),
+        ("lm_head", "int8-channel", {}, f"int8-channel is no GGUF type; allowed {ALL}"),
         (
             "lm_head",
-            "int4-g32",
+            "q4_0",
             {"shape": (4, 80)},
-            "int4-g32 does not fit: 80 weights per output channel cannot be cut into groups of 32; "
-            "use g20, g16, g10, g8 or channel; allowed bf16, fp16, fp32",
+            "q4_0 does not fit: 80 weights per output channel cannot be cut into blocks of 32; "
+            "use fp16; allowed bf16, fp16, fp32",
         ),
         (
             "model.conv",
-            "int4-g32",
+            "q4_0",
             {"kind": "conv", "shape": (4, 32, 3, 3)},
-            "int4-g32 has no place in GGUF: the layer is a conv of shape (4, 32, 3, 3); allowed nothing",
+            "q4_0 has no place in GGUF: the layer is a conv of shape (4, 32, 3, 3); allowed nothing",
         ),
         (
             "lm_head",
-            "int4-g32",
+            "q4_0",
             {"shape": (4, 32, 32)},
-            "int4-g32 has no place in GGUF: the layer is a linear of shape (4, 32, 32); allowed nothing",
+            "q4_0 has no place in GGUF: the layer is a linear of shape (4, 32, 32); allowed nothing",
         ),
         (
             "model.other",
@@ -238,7 +238,7 @@ def test_two_layers_cannot_be_one_tensor() -> None:
 @pytest.mark.parametrize("first", ["model.embed_tokens", "lm_head"])
 def test_a_tied_head_is_the_embedding(first: str, tmp_path: Path) -> None:
     other = {"model.embed_tokens": "lm_head", "lm_head": "model.embed_tokens"}[first]
-    plan = llama_plan({first: "int8-g32"}, **{first: {"shared": (other,)}})
+    plan = llama_plan({first: "q8_0"}, **{first: {"shared": (other,)}})
     assert write_types(plan, tmp_path / "a") == [r"^token_embd\.weight$=q8_0"]
     # Cohere has no other head in GGUF.
     cohere = BitPlan(plan.layers, plan.formats, {"architecture": "CohereForCausalLM"})
@@ -246,7 +246,7 @@ def test_a_tied_head_is_the_embedding(first: str, tmp_path: Path) -> None:
 
 
 def test_gpt2_rows_run_along_the_input_and_its_positions_stay(tmp_path: Path) -> None:
-    formats = {"transformer.wte": "int8-g32", "transformer.wpe": "fp32", "transformer.h.0.attn.c_attn": "int4-g32"}
+    formats = {"transformer.wte": "q8_0", "transformer.wpe": "fp32", "transformer.h.0.attn.c_attn": "q4_0"}
     turned = {"transformer.h.0.attn.c_attn": {"shape": (96, 200), "out_axis": 1}, "architecture": "GPT2LMHeadModel"}
     lines = write_types(llama_plan(formats, **turned), tmp_path / "decided")
     assert lines == [
@@ -257,9 +257,9 @@ def test_gpt2_rows_run_along_the_input_and_its_positions_stay(tmp_path: Path) ->
     kept = [Excluded("transformer.wpe.weight", (64, 96), "bfloat16", "never called")]
     rest = {name: fmt for name, fmt in formats.items() if not name.endswith("wpe")}
     assert write_types(llama_plan(rest, kept, **turned), tmp_path / "kept") == [lines[0], lines[2]]
-    small = llama_plan({**formats, "transformer.wpe": "int8-g32"}, **turned)
+    small = llama_plan({**formats, "transformer.wpe": "q8_0"}, **turned)
     assert LlamaCpp().refuses(small) == [
-        "transformer.wpe: int8-g32 has no place: llama.cpp keeps 'position_embd.weight' in 32 bits; allowed fp32"
+        "transformer.wpe: q8_0 has no place: llama.cpp keeps 'position_embd.weight' in 32 bits; allowed fp32"
     ]
 
 
@@ -372,7 +372,7 @@ def test_a_list_that_is_not_ours_is_refused(text: str, tmp_path: Path) -> None:
 
 def test_the_page_on_exports_lists_what_llama_cpp_holds() -> None:
     page = (ROOT / "docs/exports.md").read_text()
-    assert all(f"`{text}`" in page and f"`{kind}`" in page for text, kind in GGUF_TYPES.items())
+    assert all(f"`{text}`" in page and f"`{kind}`" in page for text, kind in PLAIN_TYPES.items())
 
 
 def test_kv_caches_have_no_place_in_the_file() -> None:

@@ -284,32 +284,37 @@ def test_two_budgets_of_caches_are_both_kept() -> None:
     assert {str(fmt) for fmt in plan.formats.values() if fmt.family == "kv"} >= {"kv-int4-token"}
 
 
-def test_a_budget_that_holds_all_keeps_caches_in_16_bits() -> None:
-    found = search("weights <= 32 bits", points=0)
+def test_a_budget_that_holds_all_leaves_all_as_it_is_only_if_that_is_on_the_menu() -> None:
+    found = search("weights <= 32 bits", points=0, activations=["16", "int8-token"], kv=["kv-bf16", "kv-int8-token"])
     assert {str(fmt) for fmt in found.plan.formats.values()} == {"bf16", "kv-bf16"}
     assert [notice.code for notice in found.study.notices][-1:] == ["W112"]
     assert found.study.measurements[0].loss < 1e-3
+    found = search("weights <= 32 bits", points=0, activations=["int8-token"], kv=["kv-int8-token"])
+    assert "W112" not in [notice.code for notice in found.study.notices]
+    given = {
+        str(fmt) for layer in found.plan.layers for fmt in [found.plan.formats[layer.name]] if layer.kind == "linear"
+    }
+    assert all(text.endswith("@int8-token") for text in given)
+    assert {str(found.plan.formats[x.name]) for x in found.plan.layers if x.kind == "kv_cache"} == {"kv-int8-token"}
 
 
 # Estimators that do not see something say so.
 
-BLIND = {
-    "activations": ["fisher", "hessian_trace", "weight_mse"],
-    "caches": ["fisher", "hessian_trace", "output_mse", "weight_mse"],
-}
+BLIND = {"activations": ["fisher", "hessian_trace", "weight_mse"], "caches": ["fisher", "output_mse", "weight_mse"]}
 
 
 def test_who_sees_what() -> None:
     for what, blind in BLIND.items():
-        names = [x for x in registry.names("estimators") if what not in registry.load("estimators", x).covers]
-        assert sorted(names) == blind
+        assert all(what not in registry.load("estimators", name).covers for name in blind)
+        assert what in registry.load("estimators", "divergence").covers
+    assert "activations" in registry.load("estimators", "output_mse").covers
 
 
 @pytest.mark.parametrize(("what", "estimator"), [(what, name) for what, names in BLIND.items() for name in names])
 def test_blind_estimators_refuse_before_anything_is_stored(what: str, estimator: str, tmp_path: Path) -> None:
     menu = {"activations": ["int8-token"]} if what == "activations" else {"kv": ["kv-int8-token"]}
     formats = ["int8-channel@int8-token"] if what == "activations" else ["int8-channel", "kv-int8-token"]
-    able = [x for x in registry.names("estimators") if x not in BLIND[what]]
+    able = [x for x in registry.names("estimators") if what in registry.load("estimators", x).covers]
     url = f"sqlite:///{tmp_path / 'results.db'}"
     for attempt in (
         lambda: mp.score(tiny().module, BATCHES, formats, estimator),
@@ -426,3 +431,11 @@ def test_a_study_of_a_folder_with_activations_and_caches_resumes(small_llama: Pa
     plan = again.plans[0].plan
     assert plan.cost["kv at context 4096, batch 8"] <= 0.45 * 8 * 4096 * 2 * 4 * 32
     study.store.close()
+
+
+def test_a_codec_of_another_version_has_other_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("int4-g64", "int4-g64@int8-token", "kv-int8-token", "nf4-b64")
+    assert [Format.parse(name).key for name in names] == list(names)
+    monkeypatch.setattr(type(Format.parse("int4-g64")), "version", 2)
+    keys = [Format.parse(name).key for name in names]
+    assert keys == ["int4-g64 v2", "int4-g64@int8-token v2.1", "kv-int8-token v1.2", "nf4-b64"]

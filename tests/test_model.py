@@ -237,6 +237,17 @@ class TestBadModels:
         with pytest.raises(mp.InputError, match="E404"):
             load_model(folder)
 
+    def test_a_checkpoint_without_a_head_is_refused(self, tmp_path: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        folder = tmp_path / "headless"
+        shutil.copytree(make_llama(tmp_path / "untied", tie=False), folder)
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["lm_head.weight"]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(mp.InputError, match=r"lacks 1 tensors .*lm_head\.weight"):
+            load_model(folder)
+
     def test_overlapping_tensors(self, small_llama: Path, tmp_path: Path) -> None:
         folder = shutil.copytree(small_llama, tmp_path / "m")
         header = json.dumps(

@@ -44,6 +44,10 @@ def formats(
         out.print(table)
         out.print()
     if not model:
+        out.print(
+            "held by: checkpoint formats that can store it; the target bytes@NAME prices it there. "
+            "Exporters are native and llama.cpp (gguf)."
+        )
         out.print("Bits are stored bits per number: of a 4096 x 4096 weight, of a long cache of 128 channels per head.")
 
 
@@ -57,7 +61,7 @@ def _catalogue(families: Any) -> Iterator[dict[str, Any]]:
         for fmt in fmts:
             layer = cache if fmt.family == "kv" else weight
             bits = fmt.effective_bits(layer)
-            held = [] if fmt.family == "kv" else [name for name in CONTAINERS if not refuses(fmt, weight, name)]
+            held = ["native"] if fmt.family == "kv" else [name for name in CONTAINERS if not refuses(fmt, weight, name)]
             yield {
                 "format": str(fmt),
                 "bits": float(bits),
@@ -90,9 +94,12 @@ def parse_pair(weight: str, activation: str) -> Any:
 def _refusals(model: str, families: Any) -> Iterator[dict[str, Any]]:
     from mpsearch import api
     from mpsearch.bundled import resolve_model
+    from mpsearch.format import Format
+    from mpsearch.formats.activation import Activation
 
     found = api.layers(resolve_model(model, Path.cwd()), caches=True)
-    for fmts in families.values():
+    inputs = [] if "" in families else [Format.parse(f"bf16@{text}") for text in Activation.examples]
+    for fmts in (*families.values(), inputs):
         for fmt in fmts:
             caches = fmt.family == "kv"
             concerned = [layer for layer in found if (layer.kind == "kv_cache") == caches]

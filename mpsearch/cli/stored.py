@@ -133,6 +133,12 @@ def export(
 
         folder = resolve_model(source, Path.cwd())
         calibrated = any(fmt.calibrated for fmt in plan.formats.values())
+        if calibrated and setup is None:
+            raise InputError(
+                "E422",
+                f"'{name}' has formats that are made from calibration data, which a plan does not hold",
+                advice="export it by the name of its study",
+            )
         loaded = Workbench.load(replace(setup, model=folder)).model if calibrated and setup else load_model(folder)
         if loaded.digest != plan.model.get("digest"):
             raise InputError(

@@ -69,7 +69,15 @@ class Kl:
             {**plan.cost, "weights": float(plan.bytes)},
             metrics,
             machine=machine(),
-            data={"digest": digest_of(list(batches))},
+            data=_data(model, plan, batches),
             seconds=time.perf_counter() - start,
             samples=tuple(kl),
         )
+
+
+def _data(model: Model, plan: BitPlan, batches: Sequence[Any]) -> dict[str, str]:
+    """What the measurement hangs on beside the plan: the data, and what formats were made from."""
+    data = {"digest": digest_of(list(batches))}
+    if any(fmt.calibrated for fmt in plan.formats.values()):
+        data["calibration"] = digest_of(list(model.calibration))
+    return data

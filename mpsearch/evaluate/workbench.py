@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
-
-import torch
 
 from mpsearch import registry
 from mpsearch.errors import InputError, Notice
@@ -19,6 +16,7 @@ from mpsearch.model.data import load_batches, load_tokenizer
 from mpsearch.model.find import find_layers
 from mpsearch.model.model import Model, load_model
 from mpsearch.model.source import source_digest
+from mpsearch.model.threads import one_thread
 from mpsearch.plan import BitPlan
 from mpsearch.tables import SensitivityTable
 from mpsearch.tasks import Failed, MeasureTask, ScoreTask, Setup, Survey, SurveyTask, Task
@@ -47,7 +45,7 @@ class Workbench:
     _single: dict[int, Sequence[Any]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        self.model.calibrate(self.calibration)
+        self.model.calibrate(self.calibration, self.layers)
 
     @classmethod
     def load(cls, setup: Setup) -> Workbench:
@@ -123,17 +121,6 @@ class Workbench:
     def _batch(self, i: int) -> Sequence[Any]:
         # The same object each time, for what is remembered of a batch is remembered by identity.
         return self._single.setdefault(i, [self.calibration[i]])
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one thread: sums then do not depend on how many there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @lru_cache(maxsize=1)

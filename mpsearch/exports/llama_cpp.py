@@ -23,15 +23,10 @@ from mpsearch.plan import BitPlan
 TYPES_FILE = "tensor-types.txt"
 SCRIPT_FILE = "quantize.sh"
 
-#: Format that is no GGUF type itself -> the GGUF type of the same bits, group and stored bytes.
-GGUF_TYPES: Mapping[str, str] = {
-    "int4-g32": "q4_0",
-    "int5-g32": "q5_0",
-    "int8-g32": "q8_0",
-    "bf16": "bf16",
-    "fp16": "f16",
-    "fp32": "f32",
-}
+#: Plain number type -> what GGUF calls it.
+PLAIN_TYPES: Mapping[str, str] = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
+# What a refusal offers instead, where it fits.
+_OFFERED = ("q8_0", "q6_K", "q5_K", "q4_K", "q4_0", *PLAIN_TYPES)
 _STORED_TYPES: Mapping[str, str] = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 # Quantised file types that need no importance matrix -> the type of most of their tensors.
 _BASES: Mapping[str, str] = {
@@ -83,11 +78,9 @@ class LlamaCpp:
     stored type, because llama.cpp would quantise what is not listed.
 
     Formats: all GGUF types (q4_K, q6_K, q8_0, iq4_xs, …), which are rounded here as llama.cpp rounds them, byte for
-    byte without an importance matrix; and int4-g32, int5-g32, int8-g32, bf16, fp16, fp32, whose bytes equal those of
-    q4_0, q5_0, q8_0, bf16, f16, f32. The rounding of q4_0 and q5_0 is llama.cpp's own: the weight of largest
-    magnitude, sign included, is divided by -8 and -16. On normally distributed weights their squared error is 0.79
-    and 0.89 of that of int4-g32 and int5-g32, so a loss measured there is a little lower. Types are written in lower
-    case (q4_k), as in llama.cpp's own examples; it takes either case.
+    byte without an importance matrix; and bf16, fp16, fp32. Integers with groups of 32 have the bytes of q4_0, q5_0 and
+    q8_0, but not their rounding, so what was measured is not what llama.cpp would make: they are refused. Types are
+    written in lower case (q4_k), as in llama.cpp's own examples; it takes either case.
 
     Source: llama.cpp ``tools/quantize/quantize.cpp`` and ``src/llama-quant.cpp``, gguf 0.19.
 
@@ -100,8 +93,8 @@ class LlamaCpp:
     >>> layers = Layers((Layer("model.layers.0.mlp.up_proj", "linear", (8, 64)),))
     >>> plan = BitPlan(layers, {"model.layers.0.mlp.up_proj": Format.parse("int3-g64")})
     >>> print(*LlamaCpp("LlamaForCausalLM").refuses(plan))  # doctest: +NORMALIZE_WHITESPACE
-    model.layers.0.mlp.up_proj: int3-g64 has no GGUF type of the same layout;
-    allowed int4-g32, int5-g32, int8-g32, bf16, fp16, fp32
+    model.layers.0.mlp.up_proj: int3-g64 is no GGUF type;
+    allowed q8_0, q4_0, bf16, fp16, fp32
     """
 
     architecture: str = ""
@@ -178,7 +171,7 @@ def read_tensor_types(path: Path) -> dict[str, str]:
 
 def _place(layer: Layer, fmt: Format, names: GgufNames, architecture: str) -> _Entry:
     name = _gguf_name(layer, names)
-    allowed = [text for text in GGUF_TYPES if not Format.parse(text).refuses(layer)]
+    allowed = [text for text in _OFFERED if not Format.parse(text).refuses(layer)]
     kind = _type_of(fmt)
     if layer.kind not in ("linear", "embedding") or len(layer.shape) != 2:
         reason, allowed = f"has no place in GGUF: the layer is a {layer.kind} of shape {layer.shape}", []
@@ -187,7 +180,7 @@ def _place(layer: Layer, fmt: Format, names: GgufNames, architecture: str) -> _E
     elif _ALWAYS_F32.search(name):
         reason, allowed = ("" if kind == "f32" else f"has no place: llama.cpp keeps '{name}' in 32 bits"), ["fp32"]
     elif not kind:
-        reason = "has no GGUF type of the same layout"
+        reason = "is no GGUF type"
     elif fmt.refuses(layer):
         reason = f"does not fit: {fmt.refuses(layer)}"
     elif fmt.bytes(layer) != _gguf_bytes(layer, kind):
@@ -201,7 +194,7 @@ def _place(layer: Layer, fmt: Format, names: GgufNames, architecture: str) -> _E
 
 def _type_of(fmt: Format) -> str:
     """Return the GGUF type that holds a format; empty when none does."""
-    return fmt.type_name.lower() if isinstance(fmt, GgufType) else GGUF_TYPES.get(str(fmt), "")
+    return fmt.type_name.lower() if isinstance(fmt, GgufType) else PLAIN_TYPES.get(str(fmt), "")
 
 
 def _place_kept(kept: Excluded, names: GgufNames, architecture: str) -> _Entry:

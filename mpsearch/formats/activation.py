@@ -8,17 +8,20 @@ from typing import ClassVar, Literal
 
 from mpsearch.errors import InputError
 from mpsearch.format import Format
+from mpsearch.formats.elements import FLOAT_NAMES
+from mpsearch.formats.mx import BLOCK as MX_BLOCK
+from mpsearch.formats.mx import Microscaling
+from mpsearch.formats.nvfp4 import BLOCK as NVFP4_BLOCK
 from mpsearch.layer import Layer
 
 Grain = Literal["token", "tensor", "channel", "group", "block"]
 
 _NAME = re.compile(
-    r"(?P<number>int(?P<bits>\d+)|fp8-e4m3|fp8-e5m2|fp6-e3m2|fp6-e2m3|fp4-e2m1)-"
+    rf"(?P<number>int(?P<bits>\d+)|{FLOAT_NAMES})-"
     r"(?P<grain>token|tensor|channel|g(?P<group>-?\d+))(?P<asym>-asym)?(?P<static>-static)?"
 )
-_BLOCKS = ("mxfp4", "mxfp6-e2m3", "mxfp6-e3m2", "mxfp8-e4m3", "mxfp8-e5m2", "mxint8", "nvfp4")
-#: Numbers of a block of each block format.
-_BLOCK = {"nvfp4": 16}
+#: Block format -> numbers of a block.
+_BLOCKS = {**dict.fromkeys(Microscaling.examples, MX_BLOCK), "nvfp4": NVFP4_BLOCK}
 _SCALE_BYTES = 4
 
 
@@ -64,7 +67,9 @@ class Activation(Format):
             return None
         bits = int(match["bits"] or 8)
         if not 2 <= bits <= 8:
-            raise InputError("E110", f"activation format '{text}': {bits} bits has no grid here; allowed 2 to 8")
+            raise InputError(
+                "E110", f"activation format '{text}': {bits}-bit integers have no grid here; allowed 2 to 8 bits"
+            )
         if match["asym"] and not match["bits"]:
             raise InputError("E110", f"activation format '{text}': floats have a sign, so there is no -asym of them")
         group = int(match["group"] or 0)
@@ -93,6 +98,10 @@ class Activation(Format):
         return int(digits[0])
 
     @property
+    def behind(self) -> tuple[Format, ...]:
+        return (self, Format.parse(self.number)) if self.grain == "block" else (self,)
+
+    @property
     def calibrated(self) -> bool:
         return self.static
 
@@ -103,7 +112,7 @@ class Activation(Format):
             return "inputs inside a module of stacked experts cannot be reached"
         if layer.kind == "conv" and (self.grain in ("group", "block") or (self.grain == "channel" and self.static)):
             return "inputs of a convolution are rounded per token or tensor"
-        block = _BLOCK.get(self.number, 32) if self.grain == "block" else self.group
+        block = _BLOCKS[self.number] if self.grain == "block" else self.group
         if block and layer.columns % block:
             return f"{layer.columns} input channels cannot be cut into groups of {block} for {self}"
         return ""

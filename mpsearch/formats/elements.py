@@ -67,3 +67,5 @@ ELEMENTS: Mapping[str, Element] = {
         Element("e2m1", 2, 1, 1, 6.0),
     )
 }
+#: How formats name them, such as ``fp8-e4m3``, as alternatives of a regular expression.
+FLOAT_NAMES = "|".join(f"fp{one.bits}-{one.name}" for one in ELEMENTS.values())

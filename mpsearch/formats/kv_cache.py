@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar, Literal
 
-from mpsearch.errors import InputError
+from mpsearch.errors import InputError, did_you_mean
 from mpsearch.format import Format
+from mpsearch.formats.elements import FLOAT_NAMES
+from mpsearch.formats.mx import Microscaling
+from mpsearch.formats.plain import Plain
 from mpsearch.layer import Layer
 
 _NAME = re.compile(
-    r"(?P<number>int\d+|fp8-e4m3|fp8-e5m2|fp6-e3m2|fp6-e2m3|fp4-e2m1)-"
+    rf"(?P<number>int\d+|{FLOAT_NAMES})-"
     r"(?:(?P<token>token)(?:-g(?P<group>-?\d+))?|channel-g(?P<tokens>-?\d+))(?P<asym>-asym)?"
 )
 _PLAIN = ("bf16", "fp16", "fp32")
 # Not nvfp4: its scale of the whole tensor would change with every token that is written.
-_BLOCKS = ("mxfp4", "mxfp6-e2m3", "mxfp6-e3m2", "mxfp8-e4m3", "mxfp8-e5m2", "mxint8")
+_BLOCKS = Microscaling.examples
 _NEWEST_BYTES = 2
 
 
@@ -68,10 +72,20 @@ class KvCache(Format):
         if name in _BLOCKS:
             return cls(Format.parse(name), recent=int(recent or 0))
         match = _NAME.fullmatch(name)
+        if name == "nvfp4":
+            raise InputError(
+                "E110",
+                f"format '{text}': its scale of the whole tensor would change with every token that is written",
+                advice="write one like kv-mxfp4 or kv-fp4-e2m1-token",
+            )
+        if name.endswith("-channel"):
+            raise InputError(
+                "E110", f"format '{text}': how many tokens share a scale?", advice=f"write one like {text}-g32"
+            )
         if match is None:
             raise InputError(
                 "E109",
-                f"format '{text}': not a format of KV caches",
+                f"format '{text}': not a format of KV caches{did_you_mean(text, cls.examples)}",
                 advice=f"write one like {', '.join(cls.examples)}",
             )
         for size in (match["group"], match["tokens"]):
@@ -98,13 +112,21 @@ class KvCache(Format):
         return self.number.bits
 
     @property
+    def behind(self) -> tuple[Format, ...]:
+        return self, self.number
+
+    @property
     def stepwise(self) -> bool:
         """Whether what a query sees depends on how many tokens came after, so that tokens must be fed in steps."""
         return self.along == "channel" or self.recent > 0
 
+    def leaves(self, layer: Layer) -> bool:
+        """Whether a cache stays as the model keeps it: the format is the number type that the model is stored in."""
+        return isinstance(self.number, Plain) and self.number.dtype == layer.dtype
+
     def refuses(self, layer: Layer) -> str:
         if layer.kind != "kv_cache":
-            return f"{self} is for KV caches, this is a {layer.kind}"
+            return f"{self} is for KV caches, not for a weight ({layer.kind})"
         if layer.window and self.stepwise:
             return "a sliding window forgets tokens; it takes formats per token without -recent, such as kv-int8-token"
         return self.number.refuses(self._rows(layer, 1))
@@ -139,3 +161,23 @@ class KvCache(Format):
         """Stored bits per number of a long cache."""
         rows = self._rows(layer, self.tokens or 1)
         return Fraction(8 * self.number.bytes(rows), rows.weights)
+
+
+def check_length(formats: Iterable[KvCache], length: int) -> None:
+    """Refuse sequences in which nothing would be rounded: a format would look harmless because it was never used.
+
+    Args:
+        formats: formats of caches.
+        length: tokens of a sequence.
+
+    Raises:
+        InputError: E424.
+    """
+    for fmt in formats:
+        left = fmt.recent + fmt.tokens
+        if fmt.stepwise and left >= length:
+            raise InputError(
+                "E424",
+                f"{fmt} leaves up to {left} tokens in 16 bits, and sequences have {length}: nothing would be rounded",
+                advice=f"use sequences of {4 * left} tokens or more (length), or a smaller group or -recent",
+            )

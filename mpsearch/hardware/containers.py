@@ -13,7 +13,7 @@ With R output channels of C weights, G groups in each, b bits:
   ``weight_zero_point``: int32 (ceil(R b / 32), G), or one int8 for a scale per tensor. Integers with rounded inputs,
   int-quantized: a byte for each weight and each zero point, whatever b is. fp8-e4m3: a byte for each weight. mxfp4,
   mxfp6-e2m3, mxfp8-e4m3: packed codes and a byte for each 32. nvfp4: packed codes, a byte for each 16, one fp32.
-- ``gguf``: blocks of GGUF types; integers with groups of 32 that have a type of the same size.
+- ``gguf``: blocks of GGUF types.
 
 Where a checkpoint's loader keeps modules apart that share one weight, the weight counts once for each of them.
 
@@ -24,6 +24,7 @@ Sources: GPTQModel 7.7 ``nn_modules/qlinear``, AutoAWQ 0.2 ``WQLinear_GEMM``, co
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,7 +33,6 @@ from mpsearch.format import Format
 from mpsearch.layer import DTYPE_BITS, Excluded, Layer
 
 _GPTQ_BITS = (2, 3, 4, 8)
-_GGUF_INTEGERS = ("int4-g32", "int5-g32", "int8-g32")
 _MX = {"mxfp4": 4, "mxfp6-e2m3": 6, "mxfp8-e4m3": 8}
 _WORD = 32
 
@@ -179,10 +179,20 @@ def _compressed_refuses(fmt: Format, layer: Layer) -> str:
         return ""
     if not (weight.family in ("int", "nvfp4") or str(weight) in _MX or str(weight).startswith("fp8-e4m3")):
         return f"compressed-tensors holds integers, fp8-e4m3, {', '.join(_MX)} and nvfp4, not {weight}"
+    if fmt.activation is not None and not _compressed_pair(str(weight), str(fmt.activation)):
+        return f"compressed-tensors has no scheme for {fmt}"
     if layer.kind not in ("linear", "embedding") or layer.out_axis:
         kind = "transposed linear" if layer.kind == "linear" else layer.kind
         return f"compressed-tensors holds Linear and Embedding modules, not {kind} layers; use bf16"
     return ""
+
+
+def _compressed_pair(weight: str, activation: str) -> bool:
+    """Whether one scheme holds these weights and these inputs."""
+    if not weight.startswith(("int", "fp8")):
+        return weight == activation
+    numbers = "fp8-e4m3" if weight.startswith("fp8") else "int8|int4|fp8-e4m3" if weight.startswith("int4") else "int8"
+    return re.fullmatch(f"({numbers})-(token|tensor)(-asym)?(-static)?", activation) is not None
 
 
 def _compressed(fmt: Format, layer: Layer) -> Parts:
@@ -221,7 +231,7 @@ def _compressed_inputs(fmt: Format, layer: Layer) -> Parts:
     if fmt.activation is None:
         return {}
     ours = fmt.activation.itemised_bytes(layer)
-    found = {}
+    found = {"input_global_scale": 4} if str(fmt.activation) == "nvfp4" else {}
     if "input_scales" in ours:
         found["input_scale"] = ours["input_scales"] // 4 * _scale_size(layer)
     if "input_zero_points" in ours:
@@ -234,8 +244,8 @@ def _gguf_refuses(fmt: Format, layer: Layer) -> str:
         return f"gguf rounds no inputs; use {fmt.weight}"
     if _plain(fmt):
         return ""
-    if fmt.family != "gguf" and str(fmt) not in _GGUF_INTEGERS:
-        return f"gguf holds its own types ({', '.join(_GGUF_INTEGERS)} are some of them), not {fmt}"
+    if fmt.family != "gguf":
+        return f"gguf holds its own types (q4_K, q8_0, …), not {fmt}"
     if layer.kind == "conv":
         return "gguf keeps convolutions in 16 or 32 bits; use fp16"
     return ""

@@ -50,7 +50,7 @@ class KvBytes:
             for row in rows
         ]
         array = np.array(value, dtype=np.float64).reshape(len(rows), len(formats))
-        numbers = sum(x.rows * x.columns for x in layers if x.kind == "kv_cache")
+        numbers = sum(x.rows * x.columns * self._tokens(x) for x in layers if x.kind == "kv_cache")
         return CostTable(
             tuple(row.name for row in rows),
             tuple(str(fmt) for fmt in formats),
@@ -59,7 +59,7 @@ class KvBytes:
             unit="bytes",
             resource=f"kv {self.condition}",
             kind="exact",
-            reference=float(2 * numbers * self.context * self.batch),
+            reference=float(2 * numbers * self.batch),
             source={"target": "kv", "context": self.context, "batch": self.batch},
         )
 
@@ -67,6 +67,10 @@ class KvBytes:
     def condition(self) -> str:
         """How a budget writes it: ``at context 8192``, ``at context 8192, batch 4``."""
         return f"at context {self.context}" + (f", batch {self.batch}" if self.batch > 1 else "")
+
+    def _tokens(self, layer: Layer) -> int:
+        """Tokens of each sequence that a cache holds."""
+        return min(self.context, layer.window or self.context)
 
     def _bytes(self, layer: Layer, fmt: Format) -> int:
         return sum(fmt.cache_bytes(layer, self.context).values()) if isinstance(fmt, KvCache) else 0

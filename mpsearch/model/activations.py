@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mpsearch.format import Format
 from mpsearch.formats.activation import Activation
-from mpsearch.model.codec import Bytes, Evidence, as_bytes, codec_of
+from mpsearch.model.codec import Bytes, Evidence, RangeError, as_bytes, codec_of, divided
 from mpsearch.model.floats import ELEMENTS, round_to_element
 
 
@@ -56,7 +56,11 @@ def round_input(x: Tensor, fmt: Activation, axis: int = -1, seen: Range | None =
         return x.clone()
     if fmt.grain == "block":
         weightlike = Format.parse(fmt.number)
-        rounded = codec_of(type(weightlike)).fake(rows.contiguous(), weightlike, Evidence())
+        try:
+            rounded = codec_of(type(weightlike)).fake(rows.contiguous(), weightlike, Evidence())
+        except RangeError:
+            # As a weight this is an error of the user's; here it is a state of the run, and shows as a loss.
+            rounded = torch.full_like(rows, torch.nan)
     else:
         rounded = _scaled(rows, fmt, seen)
     return rounded.reshape(turned.shape).movedim(-1, axis).to(x.dtype)
@@ -81,11 +85,11 @@ def scale_and_zero(seen: Range, fmt: Activation) -> tuple[Tensor, Tensor]:
     low, high = seen
     if fmt.asymmetric:
         low = low.clamp(max=0)
-        scale = _safe((high.clamp(min=0) - low) / (2**fmt.bits - 1))
+        scale = _safe(divided(high.clamp(min=0) - low, 2**fmt.bits - 1))
         return scale, torch.round(-low / scale).clamp(0, 2**fmt.bits - 1)
     integer = fmt.number.startswith("int")
     top = 2 ** (fmt.bits - 1) - 1 if integer else ELEMENTS[fmt.number.partition("-")[2]].largest
-    scale = _safe(torch.maximum(high, -low) / top)
+    scale = _safe(divided(torch.maximum(high, -low), top))
     return scale, torch.zeros_like(scale)
 
 
@@ -101,9 +105,9 @@ def _safe(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-def seen_in(rows: Tensor, fmt: Activation, before: Range | None) -> Range:
+def seen_in(rows: Tensor, grain: str, before: Range | None) -> Range:
     """Widen a range by the inputs (tokens, channels) of one more call."""
-    axes = (0,) if fmt.grain == "channel" else (0, 1)
+    axes = (0,) if grain == "channel" else (0, 1)
     low, high = rows.amin(axes), rows.amax(axes)
     return (
         Range(low, high) if before is None else Range(torch.minimum(low, before.low), torch.maximum(high, before.high))

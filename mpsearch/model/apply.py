@@ -15,7 +15,7 @@ from mpsearch.formats.activation import Activation
 from mpsearch.formats.kv_cache import KvCache
 from mpsearch.layer import Layer
 from mpsearch.model.activations import Range, round_input
-from mpsearch.model.evidence import Calibration, channel_axis
+from mpsearch.model.evidence import Calibration, channel_axis, readers
 from mpsearch.model.kv_cache import find_caches
 from mpsearch.model.model import Model
 from mpsearch.model.quantize import Quantized, fake_quantize, quantize
@@ -66,11 +66,13 @@ class Change:
                 raise InputError("E130", f"layer '{layer.name}': {problem}")
             if isinstance(fmt, KvCache):
                 place = places[layer.name]
-                caches[place.number, place.side] = fmt
+                if not fmt.leaves(layer):
+                    caches[place.number, place.side] = fmt
                 continue
             weights[layer] = quantized_weight(model, layer, fmt.weight)
             activation = fmt.activation
-            if isinstance(activation, Activation):
+            if activation is not None:
+                assert isinstance(activation, Activation)
                 seen = Calibration.of(model).input_range(layer, activation) if activation.static else None
                 inputs[layer] = (activation, seen)
         return cls(weights, inputs, caches)
@@ -82,12 +84,11 @@ def changed(model: Model, change: Change) -> Iterator[None]:
 
     Caches are rounded where the body asks for `Model.logits`.
     """
-    rounded = [(name, how) for layer, how in change.inputs.items() for name in (layer.name, *layer.shared)]
-    hooked = [(model.holder(name), _rounding(*how)) for name, how in rounded]
+    hooked = [(module, _rounding(*how)) for layer, how in change.inputs.items() for module in readers(model, layer)]
     handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooked]
     try:
         with swapped(model, change.weights):
-            model.caches = {place: fmt for place, fmt in change.caches.items() if fmt.number.family != "plain"}
+            model.caches = change.caches
             yield
     finally:
         model.caches = {}

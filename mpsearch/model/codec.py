@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpsearch.errors import InputError
 from mpsearch.format import Format
 from mpsearch.layer import Layer
 
@@ -76,10 +77,21 @@ class Codec(ABC, Generic[F]):
 
 @lru_cache(maxsize=64)
 def codec_of(family: type[Format]) -> Codec[Any]:
-    """Load the codec of a family."""
+    """Load the codec of a family.
+
+    Raises:
+        InputError: the family is not one of weights (E110).
+    """
+    if not family.codec:
+        raise InputError("E110", f"formats of the family '{family.family}' hold no weights")
     module, _, name = family.codec.partition(":")
     codec: Codec[Any] = getattr(importlib.import_module(module), name)()
     return codec
+
+
+def divided(values: Tensor, number: float) -> Tensor:
+    """Return ``values / number``; torch on CUDA would multiply by the reciprocal of a Python number instead."""
+    return values / values.new_full((), number)
 
 
 def all_finite(values: Tensor) -> bool:

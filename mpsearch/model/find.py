@@ -126,11 +126,15 @@ def find_layers(model: Model, batches: Sequence[Batch] = (), ties: Ties = "auto"
 def _holds_experts(module: nn.Module, parameter: Tensor) -> bool:
     """Whether a parameter stacks the weights of experts.
 
-    That is: three axes, more than one expert, in a module that is no layer of its own kind and holds no others. (Tokens
-    and positions that vision models learn have three axes as well, the first of length 1.)
+    That is: three axes, more than one expert, in a module that holds no others, is none of torch's own, and says that
+    it holds experts, by its class name or by how many it has. Other weights of three axes are something else:
+    transposed convolutions, bilinear maps, tokens and positions that vision models learn.
     """
+    kind = type(module)
     inner = (x for child in module.children() for x in child.parameters())
-    return parameter.ndim == 3 and parameter.shape[0] > 1 and not _kind(module) and next(inner, None) is None
+    says_so = "expert" in kind.__name__.lower() or any(hasattr(module, name) for name in ("num_experts", "n_experts"))
+    stacked = parameter.ndim == 3 and parameter.shape[0] > 1
+    return stacked and says_so and not kind.__module__.startswith("torch.") and next(inner, None) is None
 
 
 def _expert(name: str, module: nn.Module, parameter: Tensor, dtype: str, use: _Use) -> Layer:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import InputError
-from mpsearch.formats.kv_cache import KvCache
+from mpsearch.formats.kv_cache import KvCache, check_length
 from mpsearch.layer import Layer
 from mpsearch.model.codec import Evidence, RangeError, codec_of
 
@@ -48,8 +49,8 @@ def _places(model: Model) -> Iterator[Place]:
         try:
             tokens = torch.zeros(1, 2, dtype=torch.long, device=next(model.module.parameters()).device)
             model.module(input_ids=tokens, use_cache=True, past_key_values=cache)
-        except (AttributeError, TypeError, ValueError):
-            return
+        except (AttributeError, TypeError, ValueError, RuntimeError, LookupError):
+            return  # a model that takes no such cache keeps none that could be rounded
     dtype = next(iter(model.stored.values()), "float32")
     for index, pair in sorted(shapes.items()):
         window = cache.layers[index].sliding_window if cache.is_sliding[index] else 0
@@ -70,8 +71,9 @@ def cached_logits(module: nn.Module, batch: Mapping[str, Tensor], formats: Forma
     """Logits of a causal language model that keeps its keys and values in other formats.
 
     A format that rounds each token as it is written is exact in one pass. Where the newest tokens or an incomplete
-    group stay in 16 bits, tokens are fed `STEP` at a time, and what is due is rounded at the first of them: at most
-    ``STEP - 1`` tokens later than in an engine that feeds one by one.
+    group stay in 16 bits, tokens are fed in steps, and what is due is rounded at the beginning of each. Steps begin
+    wherever a group is due, which makes formats per channel exact, and at least every `STEP` tokens, so that with
+    ``-recent`` a token is rounded at most ``STEP - 1`` tokens later than in an engine that feeds one by one.
 
     Args:
         module: the model.
@@ -79,7 +81,8 @@ def cached_logits(module: nn.Module, batch: Mapping[str, Tensor], formats: Forma
         formats: which cache gets which format; all others stay as they are.
 
     Raises:
-        InputError: tokens must be fed in steps, and the batch holds more than tokens (E423).
+        InputError: tokens must be fed in steps, and the batch holds more than tokens (E423), or sequences so short that
+            nothing would be rounded (E424).
     """
     tokens = batch["input_ids"]
     cache = _cache_class()(module, formats, {})
@@ -93,12 +96,22 @@ def cached_logits(module: nn.Module, batch: Mapping[str, Tensor], formats: Forma
             f"{stepwise}: tokens are fed in steps, and the batch holds {', '.join(batch)}",
             advice="give batches of input_ids alone, or a format per token without -recent",
         )
-    step = STEP
+    check_length(formats.values(), tokens.shape[1])
+    starts = _starts(formats.values(), tokens.shape[1])
     parts = [
-        module(input_ids=tokens[:, i : i + step], use_cache=True, past_key_values=cache).logits
-        for i in range(0, tokens.shape[1], step)
+        module(input_ids=tokens[:, start:end], use_cache=True, past_key_values=cache).logits
+        for start, end in pairwise([*starts, tokens.shape[1]])
     ]
     return torch.cat(parts, dim=1)
+
+
+def _starts(formats: Iterable[KvCache], length: int) -> list[int]:
+    """Where steps begin: every `STEP` tokens, and wherever a group of tokens is due to be rounded."""
+    starts = set(range(0, length, STEP))
+    for fmt in formats:
+        if fmt.tokens:
+            starts |= set(range(max(fmt.tokens + fmt.recent - 1, 0), length, fmt.tokens))
+    return sorted(starts)
 
 
 def round_states(states: Tensor, fmt: KvCache) -> Tensor:

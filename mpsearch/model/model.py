@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mpsearch.errors import InputError
-from mpsearch.layer import DTYPE_BITS
+from mpsearch.layer import DTYPE_BITS, Layer
 from mpsearch.model.checkpoint import check_stored_types, find_folder, folder_digest, read_config, weight_files
 from mpsearch.model.digest import function_digest, module_digest
 from mpsearch.model.kv_cache import Formats, cached_logits
@@ -37,6 +37,7 @@ class Model:
         vocabulary: number of tokens the model knows; 0 when it does not read tokens.
         context: longest sequence the model takes; 0 when not known.
         calibration: batches that rounding may be made from; empty when there are none.
+        calibration_layers: layers that may ask for it.
         caches: what `logits` keeps keys and values in while a change is applied; empty for as they are.
     """
 
@@ -82,6 +83,7 @@ class Model:
         self._logits = logits
         self._memo: dict[str, tuple[object, Any]] = {}
         self.calibration: Sequence[Batch] = ()
+        self.calibration_layers: Sequence[Layer] = ()
         self.caches: Formats = {}
 
     def _content(self) -> str:
@@ -172,10 +174,15 @@ class Model:
             return outer, attribute
         return self.module.get_submodule(layer_name), "weight"
 
-    def calibrate(self, batches: Sequence[Batch]) -> None:
-        """Say what data rounding may be made from; what was made from other data is forgotten."""
-        if batches is not self.calibration:
-            self.calibration = batches
+    def calibrate(self, batches: Sequence[Batch], layers: Sequence[Layer] = ()) -> None:
+        """Say what data rounding may be made from; what was made from other data is forgotten.
+
+        Args:
+            batches: the data.
+            layers: all that may be asked for, so that one pass can serve many.
+        """
+        if batches is not self.calibration or layers is not self.calibration_layers:
+            self.calibration, self.calibration_layers = batches, layers
             for kind in ("calibration", "deltas"):
                 self._memo.pop(kind, None)
 
@@ -258,8 +265,13 @@ def load_model(source: str | Path, *, trust_remote_code: bool = False) -> Model:
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
-        module = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", use_safetensors=True, local_files_only=True, trust_remote_code=trust_remote_code
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
     except (ValueError, OSError, KeyError) as error:
         raise InputError(
@@ -268,6 +280,15 @@ def load_model(source: str | Path, *, trust_remote_code: bool = False) -> Model:
             because=str(error).splitlines()[0],
             advice="load it yourself and give the torch module: mp.wrap(module, loss=…, logits=…)",
         ) from error
+    module, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(
+            "E408",
+            f"'{folder}' ({architecture}) lacks {len(missing)} tensors of a causal language model: '{missing[0]}' …",
+            because="they would be random numbers",
+            advice="load what it is yourself and give the torch module: mp.wrap(module, loss=…, logits=…)",
+        )
     return Model(module, name=folder.resolve().name, digest=folder_digest(folder), tokens=True, owned=True)
 
 
@@ -285,7 +306,7 @@ def as_model(model: Model | nn.Module | str | Path, **functions: Any) -> Model:
         model.refresh()
         return model
     if isinstance(model, nn.Module):
-        is_causal = type(model).__name__.endswith("ForCausalLM") and not functions
+        is_causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) and not functions
         return Model(model, tokens=is_causal, **functions)
     if isinstance(model, (str, Path)):
         return load_model(model)

@@ -37,6 +37,7 @@ class WeightMse:
     by: ClassVar[Literal["cell", "batch"]] = "cell"
     covers: ClassVar[Sequence[str]] = ("weights",)
     version: ClassVar[int] = 1
+    needs_data: ClassVar[bool] = False
 
     def refuses(self, model: Model) -> str:
         return ""

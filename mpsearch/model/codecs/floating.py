@@ -28,7 +28,7 @@ from torch.nn.functional import pad
 from mpsearch.formats.floating import FloatingPoint
 from mpsearch.layer import Layer
 from mpsearch.model.bits import pack_rows, unpack_rows
-from mpsearch.model.codec import Bytes, Codec, Evidence, Parts, as_bytes, from_bytes
+from mpsearch.model.codec import Bytes, Codec, Evidence, Parts, as_bytes, divided, from_bytes
 from mpsearch.model.floats import from_codes, peaks, round_to_element, round_to_element_, to_codes
 
 _TINY = 2.0**-126
@@ -72,7 +72,7 @@ def _round(rows: Tensor, fmt: FloatingPoint) -> tuple[Tensor, Tensor]:
     if fmt.granularity == "group":
         # A scale rounded up to bf16 must not take the largest number beyond float32.
         top.clamp_(max=torch.finfo(torch.bfloat16).max)
-    scale = _stored(top / fmt.numbers.largest, top, fmt)
+    scale = _stored(divided(top, fmt.numbers.largest), top, fmt)
     if fmt.rule:
         scale = _least_error(cells, top, scale, fmt)
     step = _divisor(scale)
@@ -87,7 +87,7 @@ def _least_error(cells: Tensor, top: Tensor, scale: Tensor, fmt: FloatingPoint) 
     largest = fmt.numbers.largest
     for k in range(_TRIALS, _TRIALS // 2 - 1, -1):
         # Through the weight that it makes the largest, so that this scale is found again when rounding a second time.
-        trial = _stored((whole * (k / _TRIALS)).mul_(largest).div_(largest), top, fmt)
+        trial = _stored(divided((whole * (k / _TRIALS)).mul_(largest), largest), top, fmt)
         quotient = cells / _divisor(trial)
         off = round_to_element(quotient, fmt.numbers).sub_(quotient).square_().sum(_axes(fmt), keepdim=True)
         # In units of the first scale, so that squares of very large or small weights stay within float32.

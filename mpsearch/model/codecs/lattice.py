@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mpsearch.formats.integer import Integer
-from mpsearch.model.codec import RangeError, all_finite, magnitude
+from mpsearch.model.codec import RangeError, all_finite, divided, magnitude
 
 
 class Grid(NamedTuple):
@@ -75,7 +75,7 @@ def spanning(values: Tensor, fmt: Integer, weight: Tensor | None = None) -> Latt
     grid = Grid.of(fmt)
     span = high.clamp_(min=0) - low.clamp_(max=0) if fmt.asymmetric else torch.maximum(high, -low)
     # Of zeros the widest may be -0, which would be stored as a scale of -0.
-    exact = (span / grid.steps).add_(0.0)
+    exact = divided(span, grid.steps).add_(0.0)
     scale = exact.to(torch.float16)
     if not all_finite(scale):
         raise RangeError(

@@ -25,7 +25,7 @@ from torch import Tensor
 from mpsearch.formats.nvfp4 import BLOCK, NvFp4
 from mpsearch.layer import Layer
 from mpsearch.model.bits import pack_rows, unpack_rows
-from mpsearch.model.codec import Bytes, Codec, Evidence, Parts, as_bytes, from_bytes
+from mpsearch.model.codec import Bytes, Codec, Evidence, Parts, as_bytes, divided, from_bytes
 from mpsearch.model.floats import ELEMENTS, from_codes, peaks, round_to_element_, to_codes
 
 _NUMBERS, _SCALES = ELEMENTS["e2m1"], ELEMENTS["e4m3"]
@@ -69,7 +69,7 @@ def _round(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     blocks = rows.to(torch.float32).reshape(len(rows), -1, BLOCK)
     top = peaks(blocks, -1, rows)
     whole = top.amax().reshape(1)
-    tensor_scale = torch.where(whole > 0, (whole / (_NUMBERS.largest * _SCALES.largest)).clamp_(min=_TINY), 0.0)
+    tensor_scale = torch.where(whole > 0, divided(whole, _NUMBERS.largest * _SCALES.largest).clamp_(min=_TINY), 0.0)
     scales = torch.where(top > 0, (top / (_NUMBERS.largest * tensor_scale)).clamp_(min=_SCALES.smallest), 1.0)
     scales = round_to_element_(scales, _SCALES)
     # A step of 0 is that of a tensor of zeros.

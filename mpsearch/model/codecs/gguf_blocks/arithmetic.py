@@ -19,11 +19,6 @@ def quotient(number: float, divisor: Tensor) -> Tensor:
     return torch.div(divisor.new_full((), number), divisor)
 
 
-def divided(values: Tensor, number: float) -> Tensor:
-    """Return ``values / number``, divided on every device."""
-    return values / values.new_full((), number)
-
-
 def exact_root(values: Tensor) -> Tensor:
     """Return the correctly rounded square root; torch's own in float32 may be wrong in the last bit."""
     return values.to(torch.float64).sqrt_().to(torch.float32)

@@ -18,7 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mpsearch.model.codecs.gguf_blocks.arithmetic import across, divided, together
+from mpsearch.model.codec import divided
+from mpsearch.model.codecs.gguf_blocks.arithmetic import across, together
 from mpsearch.model.codecs.gguf_blocks.kind import Kind
 
 _VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)

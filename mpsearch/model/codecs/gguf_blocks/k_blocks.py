@@ -24,9 +24,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mpsearch.model.codec import divided
 from mpsearch.model.codecs.gguf_blocks.arithmetic import (
     across,
-    divided,
     exact_root,
     first_largest,
     half_bytes,

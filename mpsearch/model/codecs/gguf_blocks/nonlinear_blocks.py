@@ -18,9 +18,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from mpsearch.model.codec import divided
 from mpsearch.model.codecs.gguf_blocks.arithmetic import (
     across,
-    divided,
     first_largest,
     half_bytes,
     halves,

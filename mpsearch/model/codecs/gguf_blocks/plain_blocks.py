@@ -22,7 +22,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mpsearch.model.codecs.gguf_blocks.arithmetic import across, divided, half_away, half_bytes, halves, together
+from mpsearch.model.codec import divided
+from mpsearch.model.codecs.gguf_blocks.arithmetic import across, half_away, half_bytes, halves, together
 from mpsearch.model.codecs.gguf_blocks.kind import Kind
 
 
