@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mpsearch.errors import InputError
 from mpsearch.format import Format
@@ -18,10 +16,16 @@ from mpsearch.layer import Decision, Layer
 from mpsearch.model.apply import swapped
 from mpsearch.model.model import Model
 from mpsearch.sensitivity.assemble import Cell, Deltas, batch_seed, build_table, mean_cell
+from mpsearch.sensitivity.derivatives import Curvature, math_attention
+from mpsearch.sensitivity.low_rank_trace import exact_trace, hutch_plus_plus, xtrace
 from mpsearch.tables import SensitivityTable
 
 #: Change of a finite difference on halving its step, relative to the sum over layers, that counts as settled.
 _SETTLED = 0.05
+#: Part of the step that vectors along the sharpest directions take: the loss is quadratic less far there.
+_SHARPER = 0.01
+#: In how many equal parts the products are spent.
+_SHARES = {"hutch++": 3, "xtrace": 2}
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,15 @@ class HessianTrace:
     attention kernel; its error from the third derivative is odd in v, so it has mean zero, and h is halved until the
     first probe changes by less than 5 %. ``"double_backward"`` differentiates the gradient, with no step to choose.
 
-    Sources: Dong et al. 2020 (HAWQ-V2); Hutchinson 1990. Cost: one forward and backward pass per batch, then per joint
-    probe about one (finite difference) or three (double backward, through attention that can be differentiated twice).
+    ``method="hutch++"`` and ``"xtrace"`` (`mpsearch.sensitivity.low_rank_trace`) find the large eigenvalues of each
+    layer first, so they need ``probing="layer"``; ``probes`` are then the products per layer and batch, all of them
+    taken (a multiple of 3 from 6, or of 2 from 4), and a layer of no more weights than that gets its exact trace. They
+    gain where the curvature lies in few directions, hold ``probes`` copies of the layer in turn, and take a hundredth
+    of ``step``, not halved, for finite differences along the sharpest directions.
+
+    Sources: Dong et al. 2020 (HAWQ-V2); Hutchinson 1990; Meyer et al. 2021; Epperly et al. 2024. Cost: one forward and
+    backward pass per batch, then per joint probe about one (finite difference) or three (double backward, through
+    attention that can be differentiated twice).
 
     Attributes:
         probes: most probes per batch.
@@ -57,6 +68,7 @@ class HessianTrace:
         product: ``double_backward`` or ``finite_difference``.
         step: first step h, relative to the root mean square of the weights.
         seed: seed of the probes.
+        method: ``hutchinson``, ``hutch++`` or ``xtrace``.
 
     >>> import torch, mpsearch as mp
     >>> model = mp.wrap(torch.nn.Linear(2, 1, bias=False), loss=lambda m, x: m(x).square().mean() / 2)
@@ -73,6 +85,7 @@ class HessianTrace:
     product: Literal["finite_difference", "double_backward"] = "finite_difference"
     step: float = 0.01
     seed: int = 0
+    method: Literal["hutchinson", "hutch++", "xtrace"] = "hutchinson"
     by: ClassVar[Literal["cell", "batch"]] = "batch"
     covers: ClassVar[Sequence[str]] = ("weights",)
     version: ClassVar[int] = 1
@@ -90,6 +103,28 @@ class HessianTrace:
         if not 2 <= self.least_probes <= self.probes:
             raise InputError(
                 "E113", f"hessian_trace: least_probes is {self.least_probes}; give 2 to probes ({self.probes})"
+            )
+        self._check_method()
+
+    def _check_method(self) -> None:
+        if self.method == "hutchinson":
+            return
+        if self.method not in _SHARES:
+            raise InputError(
+                "E113",
+                f"hessian_trace: method is {self.method!r}",
+                advice="method: hutchinson, hutch++ or xtrace",
+            )
+        share = _SHARES[self.method]
+        if self.probing != "layer":
+            raise InputError(
+                "E113", f"hessian_trace: {self.method} takes one layer at a time", advice='set probing = "layer"'
+            )
+        if self.probes % share or self.probes < 2 * share:
+            raise InputError(
+                "E113",
+                f"hessian_trace: {self.method} with {self.probes} probes",
+                advice=f"give a multiple of {share} from {2 * share}",
             )
 
     def refuses(self, model: Model) -> str:
@@ -133,12 +168,42 @@ class HessianTrace:
             does not depend on. Their mean is the trace; their spread over the root of their number its error.
         """
         generator = torch.Generator().manual_seed(batch_seed(self.seed, batch))
+        if self.method != "hutchinson":
+            return self._low_rank(model, batch, layers, generator)
         found: list[list[float]] = []
         for estimate in self._estimates(model, batch, layers, generator):
             found.append(estimate)
             if len(found) == self.probes or (len(found) >= self.least_probes and self._settled(found)):
                 break
         return found
+
+    def _low_rank(
+        self, model: Model, batch: Any, layers: Sequence[Layer], generator: torch.Generator
+    ) -> list[list[float]]:
+        curvature = Curvature(model, batch, layers, self.product, self.step * _SHARPER)
+        count = self.probes // _SHARES[self.method]
+        columns: list[list[float]] = []
+        for i, layer in enumerate(layers):
+            weight = model.weight(layer.name).detach()
+
+            def times(vector: Tensor, i: int = i, weight: Tensor = weight) -> Tensor:
+                product: Tensor = curvature.times({i: vector.reshape(weight.shape)})[i].flatten()
+                return product
+
+            def draw(weight: Tensor = weight) -> Tensor:
+                return torch.stack([random_signs(weight.flatten(), generator) for _ in range(count)], dim=1).to(
+                    weight.device
+                )
+
+            if curvature.gradients[i] is None:
+                columns.append([math.nan] * count)
+            elif weight.numel() <= self.probes:
+                columns.append([exact_trace(times, weight.flatten())] * count)
+            elif self.method == "xtrace":
+                columns.append(xtrace(times, draw()).tolist())
+            else:
+                columns.append(hutch_plus_plus(times, draw(), draw()).tolist())
+        return [list(row) for row in zip(*columns, strict=True)]
 
     def _settled(self, found: list[list[float]]) -> bool:
         values = torch.tensor(found, dtype=torch.float64)
@@ -154,7 +219,7 @@ class HessianTrace:
         if self.product == "finite_difference":
             yield from self._by_difference(model, batch, layers, generator)
             return
-        with _math_attention():
+        with math_attention():
             loss = model.loss(batch)
             gradients = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
             used = [i for i, g in enumerate(gradients) if g is not None]
@@ -220,10 +285,3 @@ class HessianTrace:
 def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
     """Independent random signs of a tensor's shape, float32."""
     return torch.randint(0, 2, like.shape, generator=generator, dtype=torch.float32).mul_(2).sub_(1)
-
-
-@contextmanager
-def _math_attention() -> Iterator[None]:
-    """Choose the attention kernel that can be differentiated twice; torch's fused ones cannot."""
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
