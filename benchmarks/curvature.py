@@ -5,6 +5,7 @@
 1. hessian_trace over all layers: seconds per probe and batch over those of one forward and backward pass.
 2. Joint probes against layer by layer at equal standard error: seconds x variance.
 3. divergence with remembered prefixes against full forward passes.
+4. Scores of one pass over the data: seconds over those of plain passes and the roundings.
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 
+from mpsearch import registry
 from mpsearch.bundled import bundled_model
 from mpsearch.format import parse_formats
 from mpsearch.machine import fingerprint
 from mpsearch.model.data import load_batches, load_tokenizer
 from mpsearch.model.find import find_layers
-from mpsearch.model.model import load_model
+from mpsearch.model.model import load_model, samples_of
 from mpsearch.model.source import Source
+from mpsearch.sensitivity.assemble import Deltas
 from mpsearch.sensitivity.divergence import Divergence
 from mpsearch.sensitivity.hessian_trace import HessianTrace
 from mpsearch.spec import DEFAULT_FORMATS
@@ -91,6 +95,42 @@ def main() -> None:
     a = seconds(lambda: fast.score(model, batches, layers, formats), 3)
     b = seconds(lambda: full.score(model, batches, layers, formats), 3)
     print(f"divergence: remembered {a:.2f} s, full passes {b:.2f} s: {a / b:.2f} x")
+
+    samples = [sample for batch in batches for sample in samples_of(batch)]
+
+    def plain(create: bool) -> None:
+        for sample in samples:
+            if create:
+                torch.autograd.grad(model.loss(sample), weights)
+            else:
+                with torch.no_grad():
+                    model.logits(sample)
+
+    def rounding() -> None:
+        model.forget()
+        deltas = Deltas.of(model)
+        for layer in layers:
+            for fmt in formats:
+                deltas(layer, fmt)
+
+    backward, forward, rounded = (seconds(work, 3) for work in (lambda: plain(True), lambda: plain(False), rounding))
+    print(f"{len(samples)} samples, {len(formats)} formats: forward {forward:.2f} s, ", end="")
+    print(f"forward and backward {backward:.2f} s, rounding {rounded:.2f} s")
+    for name, passes in (
+        ("fisher", backward),
+        ("grad_x_weight", backward),
+        ("grad_loss_change", backward),
+        ("layer_hessian", forward),
+        ("output_mse", forward),
+    ):
+        estimator = registry.make("estimators", name)
+
+        def work(estimator: Any = estimator) -> None:
+            model.forget()
+            estimator.score(model, batches, layers, formats)
+
+        used = seconds(work, 3)
+        print(f"{name}: {used:.2f} s, {used / (passes + rounded):.2f} x plain passes and rounding")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mpsearch.api import batches, cost, layers, measure, score, search, solve, study, wrap
+    from mpsearch.ablation import Ablation, ablate, protect
+    from mpsearch.api import batches, cost, interactions, layers, measure, score, search, solve, study, wrap
     from mpsearch.budget import Budget
     from mpsearch.errors import (
         InfeasibleError,
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from mpsearch.format import Format
     from mpsearch.front import Measurement, ParetoFront
     from mpsearch.layer import Layer, Layers
+    from mpsearch.pairs import PairTable
+    from mpsearch.parts import split
     from mpsearch.plan import BitPlan
     from mpsearch.problem import Problem, Solution
     from mpsearch.spec import StudySpec
@@ -33,7 +36,8 @@ if TYPE_CHECKING:
 
 _WHERE = {
     **dict.fromkeys(
-        ("batches", "cost", "layers", "measure", "score", "search", "solve", "study", "wrap"), "mpsearch.api"
+        ("batches", "cost", "interactions", "layers", "measure", "score", "search", "solve", "study", "wrap"),
+        "mpsearch.api",
     ),
     "Budget": "mpsearch.budget",
     **dict.fromkeys(
@@ -53,9 +57,12 @@ _WHERE = {
     "ParetoFront": "mpsearch.front",
     "Layer": "mpsearch.layer",
     "Layers": "mpsearch.layer",
+    "PairTable": "mpsearch.pairs",
+    "split": "mpsearch.parts",
     "BitPlan": "mpsearch.plan",
     "Problem": "mpsearch.problem",
     "Solution": "mpsearch.problem",
+    **dict.fromkeys(("Ablation", "ablate", "protect"), "mpsearch.ablation"),
     "StudySpec": "mpsearch.spec",
     "Study": "mpsearch.studying",
     "CostTable": "mpsearch.tables",
@@ -63,6 +70,7 @@ _WHERE = {
 }
 
 __all__ = [
+    "Ablation",
     "BitPlan",
     "Budget",
     "CostTable",
@@ -73,6 +81,7 @@ __all__ = [
     "Layers",
     "Measurement",
     "MpsearchError",
+    "PairTable",
     "ParetoFront",
     "Problem",
     "ResourceError",
@@ -83,13 +92,17 @@ __all__ = [
     "StudySpec",
     "UnsafeError",
     "UsageError",
+    "ablate",
     "batches",
     "cost",
+    "interactions",
     "layers",
     "measure",
+    "protect",
     "score",
     "search",
     "solve",
+    "split",
     "study",
     "wrap",
 ]

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpsearch import registry
+from mpsearch.adaptive import Adaptive
 from mpsearch.errors import InputError
 from mpsearch.format import Format, parse_formats
 from mpsearch.front import Measurement, ParetoFront
 from mpsearch.layer import Layers
+from mpsearch.pairs import PairTable
 from mpsearch.plan import BitPlan
 from mpsearch.problem import Problem, Solution
-from mpsearch.scoring import check_covers
+from mpsearch.sampling import score_within
+from mpsearch.scoring import check_covers, check_parts
 from mpsearch.spec import StudySpec
 from mpsearch.studying import Study
 from mpsearch.tables import CostTable, SensitivityTable
@@ -97,6 +100,10 @@ def score(
     estimator: str = "divergence",
     *,
     layers: Layers | None = None,
+    streaming: bool = False,
+    spill: Path | None = None,
+    budgets: Sequence[str] = (),
+    doubt: float = 0.02,
     **settings: Any,
 ) -> SensitivityTable:
     """Predict the loss increase of every decision in every format.
@@ -106,19 +113,34 @@ def score(
         batches: calibration batches.
         formats: the menu.
         estimator: name of the estimator.
-        layers: what to score; found when left out.
+        layers: what to score, such as the parts that `split` makes; found when left out.
+        streaming: load one block of a folder's model at a time (`mpsearch.model.streaming.Stream`): the same scores,
+            for estimators that look at one layer or block, or at gradients of weights.
+        spill: where hidden states go while streaming when they do not fit; the system's temporary folder when left out.
+        budgets: what plans the scores are for, such as ``weights <= 4 bits``: after a few batches only the decisions
+            whose format the noise could still change are scored further (`mpsearch.adaptive.Adaptive`); what was spent
+            is in the table's ``source`` under ``adaptive``.
+        doubt: with budgets: the expected regret of the plan, as a share of its predicted loss, that is let be.
         settings: of the estimator.
 
     Returns:
         (L, F) values with standard errors; lower is better.
 
     Raises:
-        InputError: the estimator cannot score this model (E506), or there is no data (E501).
+        InputError: the estimator cannot score this model or these layers (E506), or there is no data (E501), or too
+            little of it to sample from (E504).
+        InfeasibleError: budgets that no plan keeps (E201, E203).
     """
     from mpsearch.model.find import find_layers
     from mpsearch.model.model import as_model
     from mpsearch.model.threads import one_thread
 
+    if streaming and budgets:
+        raise InputError(
+            "E113", "scores are sampled for budgets, or streamed, not both", advice="leave one of them out"
+        )
+    if streaming:
+        return _score_streamed(model, batches, formats, estimator, layers, spill, settings)
     found = as_model(model)
     chosen = registry.make("estimators", estimator, **settings)
     refusal = chosen.refuses(found)
@@ -126,13 +148,87 @@ def score(
         raise InputError("E506", f"estimator '{estimator}' cannot score '{found.name}': {refusal}")
     menu = parse_formats(formats)
     check_covers(estimator, menu)
-    if not batches and getattr(chosen, "needs_data", True):
+    if not batches and "data" in getattr(chosen, "needs", ("data",)):
         raise InputError("E501", "there are no calibration batches")
     with one_thread():
         caches = any(fmt.family == "kv" for fmt in menu)
         what = layers if layers is not None else find_layers(found, batches or (), caches=caches)
+        check_parts(estimator, what)
         found.calibrate(batches, what)
+        if budgets:
+            sampling = Adaptive(tolerance=doubt)
+            return score_within(chosen, found, batches, what, menu, budgets, sampling).table
         table: SensitivityTable = chosen.score(found, batches, what, menu)
+    return table
+
+
+def _score_streamed(
+    model: Any,
+    batches: Sequence[Any],
+    formats: Sequence[str],
+    estimator: str,
+    layers: Layers | None,
+    spill: Path | None,
+    settings: Mapping[str, Any],
+) -> SensitivityTable:
+    from mpsearch.model.streaming import Stream, refusal
+
+    if not isinstance(model, (str, Path)):
+        raise InputError("E409", f"streaming reads a model folder, got {type(model).__name__}", advice="give a folder")
+    chosen = registry.make("estimators", estimator, **settings)
+    menu = parse_formats(formats)
+    check_covers(estimator, menu)
+    if layers is not None:
+        check_parts(estimator, layers)
+    if reason := refusal(chosen, menu):
+        raise InputError("E506", reason, advice="score it in memory: streaming=False")
+    if not batches and "data" in getattr(chosen, "needs", ("data",)):
+        raise InputError("E501", "there are no calibration batches")
+    return Stream(model, spill=spill).score(chosen, batches, menu, layers)
+
+
+def interactions(
+    model: Any,
+    batches: Sequence[Any],
+    formats: Sequence[str],
+    layers: Layers | None = None,
+    **settings: Any,
+) -> PairTable:
+    """Predict what pairs of decisions do together beyond what each does alone.
+
+    Args:
+        model: a Hugging Face folder, a torch module or `wrap`'s result; left as it was.
+        batches: calibration batches.
+        formats: the menu.
+        layers: what to score; found when left out.
+        settings: ``how`` (``gauss_newton``, to second order, or ``measured``), ``pairs`` (``all``, ``band`` with
+            ``band``, or ``sample`` with ``sampled`` and ``seed``), ``against`` (``kl`` or ``loss``), ``sketch``,
+            ``product`` and ``step``.
+
+    Returns:
+        Sparse pairs with standard errors; ``.singles`` is the table of the single cells on the same samples.
+
+    Raises:
+        InputError: a model without logits or loss, or formats that are not seen (E506); settings that make no sense
+            (E107, E113); no data (E501).
+    """
+    from mpsearch.model.find import find_layers
+    from mpsearch.model.model import as_model
+    from mpsearch.model.threads import one_thread
+
+    found = as_model(model)
+    chosen = registry.make("interactions", "pairwise", **settings)
+    refusal = chosen.refuses(found)
+    if refusal:
+        raise InputError("E506", f"interactions of '{found.name}' cannot be found: {refusal}")
+    menu = parse_formats(formats)
+    if not batches:
+        raise InputError("E501", "there are no calibration batches")
+    with one_thread():
+        caches = any(fmt.family == "kv" for fmt in menu)
+        what = layers if layers is not None else find_layers(found, batches, caches=caches)
+        found.calibrate(batches, what)
+        table: PairTable = chosen.score(found, batches, what, menu)
     return table
 
 
@@ -194,6 +290,7 @@ def measure(
     *,
     label: str = "",
     calibration: Sequence[Any] = (),
+    layers: Layers | None = None,
 ) -> Measurement:
     """Run a plan for real: KL divergence from the original model and loss on the data, with standard errors.
 
@@ -201,10 +298,12 @@ def measure(
 
     Args:
         model: a Hugging Face folder, a torch module or `wrap`'s result; its weights are put back bit for bit.
-        plan: a plan, or layer name -> format for every layer.
+        plan: a plan, or layer name -> format for every layer. Of a layer whose parts are planned, what is in none of
+            them stays as it is.
         data: validation batches.
         label: what to call it.
         calibration: batches for formats that are made from data (``-gptq``, ``-fisher``, ``-static``).
+        layers: what the names mean, such as the parts that `split` makes; found when left out.
 
     >>> import torch
     >>> model = wrap(torch.nn.Sequential(torch.nn.Linear(8, 4)), logits=lambda module, batch: module(batch))
@@ -219,7 +318,7 @@ def measure(
     with one_thread():
         if not isinstance(plan, BitPlan):
             caches = any(str(fmt).startswith("kv-") for fmt in plan.values())
-            what = find_layers(found, data, caches=caches)
+            what = layers if layers is not None else find_layers(found, data, caches=caches)
             wrong = sorted(set(plan) ^ {layer.name for layer in what})
             if wrong:
                 raise InputError("E302", f"the plan names other layers than the model has: {', '.join(wrong[:5])}")
@@ -235,12 +334,20 @@ def study(name: str = "", *, base: Path | None = None, **settings: Any) -> Study
     Args:
         name: name of the study; the model's name when empty.
         base: folder that relative paths start from.
-        settings: the fields of `StudySpec`; ``model``, ``calibration`` and ``budgets`` are needed.
+        settings: the fields of `StudySpec`; ``model``, ``calibration`` and ``budgets`` are needed. ``model`` may also
+            be a torch module or `wrap`'s result: ``calibration`` and ``validation`` are then lists of batches, the
+            last quarter of the calibration batches when there is no validation.
 
     Raises:
         InputError: settings that make no sense; each error names its setting.
         StorageError: the database cannot be opened.
     """
+    model = settings.get("model", "")
+    if not isinstance(model, (str, Path)):
+        data = {key: settings.pop(key, None) for key in ("model", "calibration", "validation")}
+        budgets = settings.pop("budgets", ())
+        settings["name"] = name
+        return _study_of_module(model, data["calibration"] or [], data["validation"], budgets, settings)
     spec = StudySpec.of(base, name=name, **settings)
     return Study(spec, registry.make("stores", "sql", url=spec.storage))
 
@@ -304,7 +411,7 @@ def _study_of_module(
             )
         cut = len(calibration) * 3 // 4
         calibration, validation = calibration[:cut], calibration[cut:]
-    settings.setdefault("name", found.name)
+    settings["name"] = settings.get("name") or found.name
     spec = StudySpec.of_values(model=found.name, calibration="given", budgets=budget, **settings)
     what = find_layers(found, calibration, spec.ties, caches=bool(spec.kv))
     bench = Workbench(found, calibration, list(validation), what)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 from mpsearch.errors import InputError, did_you_mean
@@ -18,15 +19,31 @@ DTYPE_BITS: Mapping[str, int] = {
 }  # fmt: skip
 
 
+Span = tuple[int, int]
+_PART = re.compile(r"\[(?:\d+:\d+|:,\d+:\d+|\d+:\d+,\d+:\d+)\]$")
+
+
 def _known_dtype(name: str) -> str:
     if name not in DTYPE_BITS:
         raise ValueError(f"number type {name!r} is not one of {', '.join(DTYPE_BITS)}")
     return name
 
 
+def whole_name(name: str) -> str:
+    """Name of the layer that a part belongs to; the name of a whole layer is its own.
+
+    >>> whole_name("q_proj[0:64]"), whole_name("q_proj[:,0:64]"), whole_name("q_proj")
+    ('q_proj', 'q_proj', 'q_proj')
+    """
+    return _PART.sub("", name)
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One weight tensor that gets one format.
+    """One weight tensor that gets one format, or a rectangle of one.
+
+    A part of a layer is a layer of its own: a matrix of (rows, columns), whose row 0 is the first of its ``channels``
+    (`part` makes one, `mpsearch.parts.split` all that a layer is cut into).
 
     Attributes:
         name: path of the module that holds the weight; of the first one when several share it.
@@ -40,10 +57,18 @@ class Layer:
         shared: names of further modules that hold the very same weight.
         groups: of a convolution: how many groups of channels it keeps apart.
         window: of a KV cache: tokens that it holds at most; 0 when it grows without end.
+        channels: of a part: its range of output channels, of stacked experts counted over all experts; None for all.
+        inputs: of a part: its range of columns (weights of an output channel, in their order); None for all.
+        of: of a part: name of the whole layer; empty for a whole one.
+        of_shape: of a part: shape of the whole weight as stored.
+        of_axis: of a part: axis of the output channels of the whole weight.
 
     >>> layer = Layer("head", "linear", (8, 4), dtype="bfloat16")
     >>> layer.rows, layer.columns, layer.weights, layer.stored_bytes
     (8, 4, 32, 64)
+    >>> part = layer.part((2, 5))
+    >>> part.name, part.shape, part.whole == layer
+    ('head[2:5]', (3, 4), True)
     """
 
     name: str
@@ -56,10 +81,78 @@ class Layer:
     shared: tuple[str, ...] = ()
     groups: int = 1
     window: int = 0
+    channels: Span | None = None
+    inputs: Span | None = None
+    of: str = ""
+    of_shape: tuple[int, ...] = ()
+    of_axis: int = 0
+
+    @property
+    def is_part(self) -> bool:
+        """Whether this is a part of a layer."""
+        # Not by the name of the whole: that of a bare module is empty.
+        return bool(self.of_shape)
+
+    @property
+    def owner(self) -> str:
+        """Name of the whole layer: of a part the one that it belongs to."""
+        return self.of if self.is_part else self.name
+
+    @property
+    def whole(self) -> Layer:
+        """The layer that a part belongs to, without tie and multiply-adds; a whole layer itself."""
+        if not self.is_part:
+            return self
+        return Layer(
+            self.of, self.kind, self.of_shape, self.of_axis, self.dtype, shared=self.shared, groups=self.groups
+        )
+
+    def part(self, channels: Span | None = None, inputs: Span | None = None, tie: str = "") -> Layer:
+        """Return a part of this layer: a range of its output channels, of its columns, or of both.
+
+        Multiply-adds go by weights, rounded so that those of neighbours along one axis add up.
+
+        Args:
+            channels: first output channel and the one after the last; None for all.
+            inputs: first column and the one after the last; None for all.
+            tie: tie of the part.
+
+        Raises:
+            InputError: a range that the layer does not have (E113), or a layer that has no parts (E122).
+
+        >>> part = Layer("up", "linear", (8, 4), macs=32).part((0, 2), (1, 4))
+        >>> part.name, part.tensor, part.shape, part.macs
+        ('up[0:2,1:4]', 'up.weight[0:2,1:4]', (2, 3), 6)
+        """
+        if self.kind == "kv_cache" or self.is_part:
+            why = "a part already" if self.is_part else "a KV cache, which is stored as a whole"
+            raise InputError("E122", f"layer '{self.name}' is {why}", advice="cut whole layers that hold weights")
+        for what, span, size in (("output channels", channels, self.rows), ("columns", inputs, self.columns)):
+            if span is not None and not 0 <= span[0] < span[1] <= size:
+                raise InputError("E113", f"layer '{self.name}' has {size} {what}; there is no range {span}")
+        first, last = channels or (0, self.rows)
+        left, right = inputs or (0, self.columns)
+        ends = (last * right, first * right, last * left, first * left)
+        macs = [self.macs * end // self.weights for end in ends]
+        return replace(
+            self,
+            name=f"{self.name}{_range_text(channels, inputs)}",
+            shape=(last - first, right - left),
+            out_axis=0,
+            macs=max(macs[0] - macs[1] - macs[2] + macs[3], 0),
+            tie=tie,
+            channels=channels,
+            inputs=inputs,
+            of=self.name,
+            of_shape=self.shape,
+            of_axis=self.out_axis,
+        )
 
     @property
     def tensor(self) -> str:
-        """Name of the weight in the checkpoint."""
+        """Name of the weight in the checkpoint; of a part with its range behind it."""
+        if self.is_part:
+            return f"{self.whole.tensor}{_range_text(self.channels, self.inputs)}"
         if self.kind in ("expert", "kv_cache"):
             return self.name
         return f"{self.name}.weight" if self.name else "weight"
@@ -67,7 +160,7 @@ class Layer:
     @property
     def row_axes(self) -> tuple[int, ...]:
         """Axes of the shape that count output channels; of stacked experts each has its own."""
-        return (0, self.out_axis) if self.kind == "expert" else (self.out_axis,)
+        return (0, self.out_axis) if self.kind == "expert" and not self.is_part else (self.out_axis,)
 
     @property
     def rows(self) -> int:
@@ -102,11 +195,14 @@ class Layer:
             **self.rarities(),
         }
 
-    def rarities(self) -> dict[str, int]:
+    def rarities(self) -> dict[str, Any]:
         """Fields that few layers have, where they say something."""
         return {
             **({"groups": self.groups} if self.groups > 1 else {}),
             **({"window": self.window} if self.window else {}),
+            **({"channels": list(self.channels)} if self.channels else {}),
+            **({"inputs": list(self.inputs)} if self.inputs else {}),
+            **({"of": self.of, "of_shape": list(self.of_shape), "of_axis": self.of_axis} if self.is_part else {}),
         }
 
     @classmethod
@@ -122,7 +218,24 @@ class Layer:
             shared=tuple(str(name) for name in data["shared"]),
             groups=int(data.get("groups", 1)),
             window=int(data.get("window", 0)),
+            channels=_span(data.get("channels")),
+            inputs=_span(data.get("inputs")),
+            of=str(data.get("of", "")),
+            of_shape=tuple(int(n) for n in data.get("of_shape", ())),
+            of_axis=int(data.get("of_axis", 0)),
         )
+
+
+def _span(data: Sequence[Any] | None) -> Span | None:
+    if data is None:
+        return None
+    first, last = data
+    return int(first), int(last)
+
+
+def _range_text(channels: Span | None, inputs: Span | None) -> str:
+    rows = f"{channels[0]}:{channels[1]}" if channels else ":"
+    return f"[{rows},{inputs[0]}:{inputs[1]}]" if inputs else f"[{rows}]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +345,8 @@ class Layers(Sequence[Layer]):
         found = tuple(
             layer
             for layer in self.items
-            if any(fnmatch.fnmatchcase(name, pattern) for name in (layer.name, *layer.shared))
+            # The name of a part reads as a pattern of something else.
+            if any(name == pattern or fnmatch.fnmatchcase(name, pattern) for name in (layer.name, *layer.shared))
         )
         if not found:
             names = [name for layer in self.items for name in (layer.name, *layer.shared)]

@@ -14,6 +14,7 @@ from mpsearch.files import write_file
 from mpsearch.format import Format
 from mpsearch.keys import canonical_json, content_key
 from mpsearch.layer import Layers
+from mpsearch.parts import check_apart
 
 SCHEMA = "mpsearch/plan"
 SCHEMA_VERSION = 1
@@ -70,6 +71,9 @@ class BitPlan:
         predicted: predicted loss and costs.
         source: how the plan was made: study, budgets, estimator, solver, ….
 
+    Raises:
+        InputError: parts of a layer that have weights in common, or stand beside the whole layer (E122).
+
     >>> from mpsearch.layer import Layer
     >>> layers = Layers((Layer("fc", "linear", (8, 64)),))
     >>> plan = BitPlan(layers, {"fc": Format.parse("int4-g64")})
@@ -88,6 +92,7 @@ class BitPlan:
         if set(names) != set(self.formats):
             wrong = sorted(set(names) ^ set(self.formats))
             raise ValueError(f"a plan needs a format for each layer and no other; wrong or missing: {wrong[:5]}")
+        check_apart(self.layers)
         object.__setattr__(self, "formats", {name: self.formats[name] for name in names})
 
     @property

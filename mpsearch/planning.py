@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -41,12 +41,14 @@ class Planner:
         layers: what is decided.
         model: ``name``, ``digest`` and ``architecture`` of the model.
         budgets: further budgets than the spec's that plans will be made for.
+        protected: decision name -> format, of decisions that a rule pins; the spec's own pins go before it.
     """
 
     spec: StudySpec
     layers: Layers
     model: Mapping[str, str]
     budgets: tuple[Budget, ...] = ()
+    protected: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def menu(self) -> tuple[Format, ...]:
@@ -76,7 +78,7 @@ class Planner:
                         f"'{first}' is pinned to {other} and '{layer.name}' to {wanted}, but they are one decision",
                         advice=f"give one format to '{decision}', or set ties = \"none\"",
                     )
-        return {decision: text for decision, (text, _) in found.items()}
+        return {**self.protected, **{decision: text for decision, (text, _) in found.items()}}
 
     @cached_property
     def formats(self) -> tuple[Format, ...]:
@@ -201,7 +203,7 @@ class Planner:
                 time (E210).
         """
         self.check(budgets)
-        problem = self._problem(scores, budgets)
+        problem = self.problem(scores, budgets)
         solver = registry.make("solvers", self.spec.solver, **self.spec.solver_settings)
         refusal = solver.refuses(problem)
         if refusal:
@@ -220,12 +222,21 @@ class Planner:
             )
         return problem, solution
 
-    def _problem(self, scores: SensitivityTable, budgets: Sequence[Budget]) -> Problem:
-        value = usable(scores).value + self.mask
+    def problem(self, scores: SensitivityTable, budgets: Sequence[Budget]) -> Problem:
+        """The problem of the least predicted loss within budgets, with pins.
+
+        Raises:
+            InfeasibleError: a budget below the cheapest plan (E201).
+            InputError: a decision has no score (E211).
+        """
+        value = self.settled(scores).value + self.mask
         for i, name in enumerate(scores.layers):
             if name in self.pins:
                 # There is nothing to choose, so a missing score does not matter.
                 value[i] = np.where(np.isnan(self.mask[i]), np.nan, np.nan_to_num(value[i]))
+        kept = self.unscored(scores)
+        for i, j in kept:
+            value[i, j] = 0.0
         without = [name for name, row in zip(scores.layers, value, strict=True) if np.isnan(row).all()]
         if without:
             row = scores.layers.index(without[0])
@@ -238,10 +249,49 @@ class Planner:
                 else "",
                 advice="offer bf16 or fp32 as well"
                 if lost
-                else f"more calibration text, another estimator, or a pin: --pin '{without[0]}=int8-channel'",
+                else f"another estimator, or a pin: --pin '{without[0]}=int8-channel'",
             )
-        check_budgets(budgets, self.costs, np.where(np.isnan(value), np.nan, 0.0), self.pins)
+        try:
+            check_budgets(budgets, self.costs, np.where(np.isnan(value), np.nan, 0.0), self.pins)
+        except InfeasibleError as error:
+            if not kept:
+                raise
+            first = scores.layers[kept[0][0]]
+            raise InputError(
+                "E211",
+                f"{len(kept)} decisions have no score, first '{first}', and their largest formats break the budgets",
+                because=error.message,
+                advice=f"more calibration text, another estimator, or a pin: --pin '{first}=int8-channel'",
+            ) from error
         return Problem.of(replace(scores, value=value, status=()), self.costs, budgets)
+
+    def unscored(self, scores: SensitivityTable) -> list[tuple[int, int]]:
+        """Decisions that the data did not reach, each with the only format it may then take: that of most bytes.
+
+        Nothing is known of them, which does not make them harmless.
+        """
+        found = []
+        for i, (name, row) in enumerate(zip(scores.layers, scores.status, strict=True)):
+            offered = ~np.isnan(self.mask[i])
+            blind = all(status == "not_observed" for status, may in zip(row, offered, strict=True) if may)
+            if name not in self.pins and offered.any() and blind:
+                found.append((i, int(np.where(offered, self.sizes[i], -np.inf).argmax())))
+        return found
+
+    def settled(self, scores: SensitivityTable) -> SensitivityTable:
+        """The scores that plans are made from: none below zero, and no dearer format worse with ``clamp``."""
+        found = usable(scores)
+        return found.clamped(self.sizes) if self.spec.clamp else found
+
+    @cached_property
+    def sizes(self) -> Array:
+        """(L, F) bytes that put the formats of a decision in order: of its weights, or of its cache."""
+        found = self.costs[0].value.copy()
+        cache = next((table for table in self.costs if table.resource.startswith("kv ")), None)
+        for i, row in enumerate(self.layers.decisions):
+            if cache is not None and row.layers[0].kind == "kv_cache":
+                found[i] = cache.value[i]
+        return found
 
     def mixed(self, scores: SensitivityTable, budgets: Sequence[Budget]) -> BitPlan:
         """The plan of least predicted loss within budgets (see `solve`)."""
@@ -267,7 +317,7 @@ class Planner:
             raise AssertionError(f"the plan takes {plan.bytes} bytes, more than {' and '.join(map(str, budgets))}")
         predicted = Predicted(
             solution.loss,
-            _total_spread(scores.spread[np.arange(len(solution.choice)), solution.choice]),
+            _total_spread(self.settled(scores).spread[np.arange(len(solution.choice)), solution.choice]),
             scores.unit,
             solution.bound if math.isfinite(solution.bound) else None,
             solution.gap if math.isfinite(solution.gap) else None,
@@ -280,10 +330,11 @@ class Planner:
         columns = {name: j for j, name in enumerate(scores.formats)}
         choice = [columns.get(str(plan.formats[row.layers[0].name]), -1) for row in self.layers.decisions]
         cells = [(i, j) for i, j in enumerate(choice) if j >= 0]
-        values = [float(usable(scores).value[cell]) for cell in cells]
+        settled = self.settled(scores)
+        values = [float(settled.value[cell]) for cell in cells]
         if len(cells) < len(choice) or not all(map(math.isfinite, values)):
             return plan
-        spread = _total_spread(np.array([scores.spread[cell] for cell in cells]))
+        spread = _total_spread(np.array([settled.spread[cell] for cell in cells]))
         return replace(plan, predicted=Predicted(math.fsum(values), spread, scores.unit, cost=plan.cost))
 
     def uniform(self) -> Iterator[Labelled]:
@@ -362,7 +413,7 @@ class Planner:
 
     def random(self, scores: SensitivityTable, budgets: Sequence[Budget], count: int) -> Iterator[Labelled]:
         """Random plans that fill the budgets, for comparison."""
-        problem = self._problem(scores, budgets)
+        problem = self.problem(scores, budgets)
         for k in range(count):
             solution = registry.make("solvers", "random", seed=self.spec.seed + k).solve(problem)
             if solution.status == "feasible":

@@ -28,11 +28,16 @@ class Estimator(Protocol):
     ``cell`` (each decision and format on its own) or ``batch`` (tables of single batches, averaged by
     `SensitivityTable.mean`). ``covers`` says whose rounding it sees: ``weights``, ``activations``, ``caches``; formats
     of anything else are refused. ``version`` is raised with every change of the numbers: it is part of their key.
+    ``parts`` says whether it is right for parts of layers (`mpsearch.parts.split`); one without it scores whole layers.
+    ``cost`` says what it takes beside one rounding per cell, ``needs`` what it must be given: ``data``, ``loss``,
+    ``logits``.
     """
 
     by: Literal["cell", "batch"]
     covers: Sequence[str]
     version: int
+    cost: str
+    needs: Sequence[str]
 
     def refuses(self, model: Model) -> str:
         """Say why this model cannot be scored; empty when it can."""

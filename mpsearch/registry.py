@@ -43,7 +43,9 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
         "linearity": "mpsearch.sensitivity.linearity:Linearity",
         "noise": "mpsearch.sensitivity.noise:Noise",
         "lrp": "mpsearch.sensitivity.lrp:Lrp",
+        "combine": "mpsearch.sensitivity.combine:Combine",
     },
+    "interactions": {"pairwise": "mpsearch.sensitivity.pairwise:Pairwise"},
     "formats": {
         "plain": "mpsearch.formats.plain:Plain",
         "int": "mpsearch.formats.integer:Integer",

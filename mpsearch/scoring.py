@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy as np
 from mpsearch import registry
 from mpsearch.errors import InputError
 from mpsearch.format import Format
-from mpsearch.layer import Layers
+from mpsearch.layer import Layer, Layers
 from mpsearch.ports import Store
 from mpsearch.records import CellRow
 from mpsearch.tables import SensitivityTable
@@ -26,21 +25,43 @@ def check_covers(estimator: str, formats: Sequence[Format]) -> None:
     Raises:
         InputError: E506.
     """
+    found = blind_to(estimator, formats)
+    if found is not None:
+        what, fmt = found
+        able = [
+            x for x in registry.names("estimators") if what in getattr(registry.load("estimators", x), "covers", ())
+        ]
+        raise InputError(
+            "E506",
+            f"estimator '{estimator}' does not see {what}, so it cannot score '{fmt}'",
+            advice=f"estimators that do: {', '.join(able)}",
+        )
+
+
+def check_parts(estimator: str, layers: Sequence[Layer]) -> None:
+    """Refuse parts of layers for an estimator that is not right for them.
+
+    Raises:
+        InputError: E506.
+    """
+    part = next((layer for layer in layers if layer.is_part), None)
+    if part is not None and not getattr(registry.load("estimators", estimator), "parts", False):
+        able = [x for x in registry.names("estimators") if getattr(registry.load("estimators", x), "parts", False)]
+        raise InputError(
+            "E506",
+            f"estimator '{estimator}' scores whole layers, and '{part.name}' is part of one",
+            advice=f"estimators that score parts: {', '.join(able)}",
+        )
+
+
+def blind_to(estimator: str, formats: Sequence[Format]) -> tuple[str, Format] | None:
+    """What an estimator does not see of a menu, ``activations`` or ``caches``, and the first format of it."""
     covers = getattr(registry.load("estimators", estimator), "covers", ("weights",))
     blind = {
         "activations": next((fmt for fmt in formats if fmt.activation is not None), None),
         "caches": next((fmt for fmt in formats if fmt.family == "kv"), None),
     }
-    for what, fmt in blind.items():
-        if fmt is not None and what not in covers:
-            able = [
-                x for x in registry.names("estimators") if what in getattr(registry.load("estimators", x), "covers", ())
-            ]
-            raise InputError(
-                "E506",
-                f"estimator '{estimator}' does not see {what}, so it cannot score '{fmt}'",
-                advice=f"estimators that do: {', '.join(able)}",
-            )
+    return next(((what, fmt) for what, fmt in blind.items() if fmt is not None and what not in covers), None)
 
 
 @dataclass(frozen=True)
@@ -68,6 +89,7 @@ class Scoring:
         store: Store,
         compute: Callable[[Sequence[ScoreTask]], Iterator[tuple[int, SensitivityTable]]],
         report: Callable[[int, int], None],
+        limit: float = math.inf,
     ) -> SensitivityTable:
         """Return the scores; compute and keep only the cells that are missing.
 
@@ -75,25 +97,50 @@ class Scoring:
             store: where cells are kept.
             compute: does tasks, and yields (index, table) as they are done.
             report: called with (done, total).
+            limit: seconds on one core. An estimator that scores batch by batch, and needs longer for all by the time
+                of its first, scores the first ones only. ``source["batches"]`` says how many.
         """
         known = store.get("scores", self.scope)
         if known is not None:
             return SensitivityTable.from_json(known)
-        by_batch = registry.load("estimators", self.estimator).by == "batch"
+        if limit < math.inf and self.batches > 1 and registry.load("estimators", self.estimator).by == "batch":
+            replace(self, batches=1)._fill(store, compute, report)
+            fitting = max(1, int(limit / max(self.seconds(store, 1), 1e-9)))
+            if fitting < self.batches:
+                part = replace(self, batches=fitting)
+                part._fill(store, compute, report)
+                return part._assemble(store, by_batch=True)
+        by_batch = self._fill(store, compute, report)
+        found = self._assemble(store, by_batch)
+        store.put("scores", self.scope, found.to_json())
+        return found
+
+    def _fill(
+        self,
+        store: Store,
+        compute: Callable[[Sequence[ScoreTask]], Iterator[tuple[int, SensitivityTable]]],
+        report: Callable[[int, int], None],
+    ) -> bool:
+        """Compute the cells that are missing; say whether they are scored batch by batch."""
+        by_batch = bool(registry.load("estimators", self.estimator).by == "batch")
         rows = {(r.layer, r.format, r.batch): r for r in store.cells(self.scope)}
         tasks = list(self._missing(rows.keys(), by_batch))
         total = self.batches if by_batch else len(list(self._missing((), False)))
         report(total - len(tasks), total)
-        started = time.perf_counter()
         for done, (i, table) in enumerate(compute(tasks), start=1):
             if done == 1:
                 store.put("score_unit", self.scope, {"unit": table.unit})
-            seconds = (time.perf_counter() - started) / done
-            store.put_cells(self.scope, list(_rows_of(table, tasks[i].batch, seconds)))
+            store.put_cells(self.scope, list(_rows_of(table, tasks[i].batch)))
             report(total - len(tasks) + done, total)
-        found = self._assemble(store, by_batch)
-        store.put("scores", self.scope, found.to_json())
-        return found
+        return by_batch
+
+    def seconds(self, store: Store, batches: int | None = None) -> float:
+        """Computing time of the stored cells on one core, of the first batches or of all."""
+        by_task: dict[Any, float] = {}
+        for row in store.cells(self.scope):
+            if batches is None or row.batch < batches:
+                by_task[row.batch if row.batch >= 0 else (row.layer, row.format)] = row.seconds
+        return math.fsum(by_task.values())
 
     def _missing(self, known: Any, by_batch: bool) -> Iterator[ScoreTask]:
         names = [str(fmt) for fmt in self.formats]
@@ -130,11 +177,17 @@ class Scoring:
             unit,
             tuple(tuple(c.status for c in row) for row in cells),  # type: ignore[misc]
             max((c.samples for row in cells for c in row), default=0),
-            {"estimator": self.estimator, "settings": dict(self.settings), "scope": self.scope},
+            {
+                "estimator": self.estimator,
+                "settings": dict(self.settings),
+                "scope": self.scope,
+                "batches": self.batches,
+            },
         )
 
 
-def _rows_of(table: SensitivityTable, batch: int | None, seconds: float) -> Iterator[CellRow]:
+def _rows_of(table: SensitivityTable, batch: int | None) -> Iterator[CellRow]:
+    seconds = float(table.source.get("seconds", 0.0))
     for i, name in enumerate(table.layers):
         for j, fmt in enumerate(table.formats):
             value, spread = float(table.value[i, j]), float(table.spread[i, j])

@@ -14,6 +14,7 @@ from mpsearch.bundled import resolve_model
 from mpsearch.errors import InputError, did_you_mean
 from mpsearch.format import Format, join, parse_formats
 from mpsearch.model.source import LIBRARY, Source
+from mpsearch.protection import Rule
 from mpsearch.tasks import Setup
 
 DEFAULT_FORMATS = ("int2-g64", "int3-g64", "int4-g64", "int5-g64", "int6-g64", "int7-g64", "int8-g64", "int8-channel")
@@ -43,7 +44,9 @@ class StudySpec:
         solver_settings: its settings.
         budgets: all to be kept at once.
         pins: layer name or pattern -> the format it must take.
+        protect: rule that pins further layers to 16 bits, such as ``activation_spikes > 6.68``; none when empty.
         ties: ``auto``, ``none``, or lists of layer names or patterns, one list per tie.
+        clamp: let no format of more bytes count as worse than one of fewer, where the scores say so.
         tokens: calibration tokens.
         validation_tokens: validation tokens.
         length: tokens of one sequence.
@@ -71,7 +74,9 @@ class StudySpec:
     solver_settings: Mapping[str, Any] = field(default_factory=dict)
     budgets: tuple[str, ...] = ()
     pins: Mapping[str, str] = field(default_factory=dict)
+    protect: str = ""
     ties: str | tuple[tuple[str, ...], ...] = "auto"
+    clamp: bool = False
     tokens: int = 8192
     validation_tokens: int = 16384
     length: int = 256
@@ -105,6 +110,8 @@ class StudySpec:
             if cache.family != "kv":
                 raise InputError("E110", f"kv: '{cache}' is not for KV caches", advice="write one like kv-int8-token")
         parse_budgets(self.budgets)
+        if self.protect:
+            Rule.parse(self.protect)
         for pattern, text in self.pins.items():
             try:
                 Format.parse(text)
@@ -235,7 +242,7 @@ class StudySpec:
             name: value
             for name, value in self.to_json().items()
             # A field that came later and is not used leaves the questions of earlier studies as they were.
-            if name not in _NOT_THE_QUESTION and not (name in ("activations", "kv") and not value)
+            if name not in _NOT_THE_QUESTION and not (name in ("activations", "kv", "protect", "clamp") and not value)
         }
 
 

@@ -15,6 +15,7 @@ from mpsearch.model.source import source_digest
 from mpsearch.plan import BitPlan
 from mpsearch.planning import Labelled, Planner
 from mpsearch.ports import Store
+from mpsearch.protection import Rule
 from mpsearch.spec import StudySpec
 from mpsearch.tables import CostTable, SensitivityTable
 from mpsearch.tasks import Survey
@@ -81,6 +82,13 @@ class StoredStudy:
         return Survey.from_json(self._only("survey"))
 
     @property
+    def protected(self) -> dict[str, str]:
+        """Decision name -> format, of the decisions that the rule of the study pins (raises as `survey`)."""
+        if not self.spec.protect:
+            return {}
+        return Rule.parse(self.spec.protect).pins(self.survey.layers, self._only("ratios")["ratios"])
+
+    @property
     def scores(self) -> SensitivityTable:
         """The stored scores (raises as `survey`)."""
         return SensitivityTable.from_json(self._only("scores"))
@@ -123,7 +131,7 @@ class StoredStudy:
         wanted = parse_budgets(budgets) if budgets else self.budgets
         survey = self.survey
         model = dict(self._model_of_plans() or self._model_entry(survey))
-        planner = Planner(self.spec, survey.layers, model, wanted)
+        planner = Planner(self.spec, survey.layers, model, wanted, self.protected)
         if planner.holds_all(wanted) is not None:
             return planner.at_16_bits()
         plan = planner.mixed(self.scores, wanted)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpsearch import registry
 from mpsearch.errors import InputError, Notice
@@ -12,18 +13,20 @@ from mpsearch.formats.kv_cache import KvCache, check_length
 from mpsearch.front import ParetoFront
 from mpsearch.keys import content_key
 from mpsearch.machine import fingerprint
-from mpsearch.notices import layer_notices, score_notices
-from mpsearch.plan import BitPlan
+from mpsearch.notices import layer_notices, order_notices, score_notices
 from mpsearch.planning import Labelled, Planner
 from mpsearch.ports import Executor, Store
-from mpsearch.scoring import Scoring, check_covers
+from mpsearch.protection import Rule
+from mpsearch.scoring import check_covers
+from mpsearch.session import Session
 from mpsearch.spec import StudySpec
 from mpsearch.stored_study import StoredStudy
-from mpsearch.tables import SensitivityTable
-from mpsearch.tasks import Failed, MeasureTask, Survey, SurveyTask
+from mpsearch.tasks import RatioTask, Survey, SurveyTask
+
+if TYPE_CHECKING:
+    from mpsearch.tournament import Tournament
 
 Report = Callable[[str, int, int], None]
-EVALUATOR = "kl"
 #: Raised with every change of what is found in a model: it is part of the survey's key.
 FIND_VERSION = 2
 
@@ -39,6 +42,7 @@ class Study(StoredStudy):
         store: where everything is kept.
         notices: what a user should know about the last run.
         computed: how many tasks the last run computed: 0 when all was known.
+        report: called with (phase, done, total).
     """
 
     def __init__(
@@ -63,7 +67,7 @@ class Study(StoredStudy):
         self.notices: list[Notice] = []
         self.computed = 0
         self._work = work
-        self._report: Report = report or (lambda phase, done, total: None)
+        self.report: Report = report or (lambda phase, done, total: None)
 
     def run(self) -> ParetoFront:
         """Score, solve and measure whatever is missing, and return the measured front.
@@ -73,36 +77,66 @@ class Study(StoredStudy):
             StorageError: a study of this name asks something else (E140).
             MpsearchError: the model, the data or the formats cannot be used.
         """
-        self.notices, self.computed = [], 0
-        registry.make("solvers", self.spec.solver, **self.spec.solver_settings)
         registry.make("estimators", self.spec.estimator, **self.spec.estimator_settings)
-        self._check_texts()
-        if any(row.name == self.name for row in self.store.studies()):
-            self.store.create_study(self.name, self.spec.question())
-            self._check_origin()
-        with registry.make("executors", "local", workers=1 if self._work else self.spec.workers) as executor:
-            key, survey = self._find(executor)
-            planner = Planner(self.spec, survey.layers, self._model_entry(survey))
-            check_covers(self.spec.estimator, planner.formats)
-            if self._work is None:
-                check_length([fmt for fmt in planner.formats if isinstance(fmt, KvCache)], self.spec.length)
-            planner.check(self.budgets)
-            # A question that cannot be answered takes no name: it can be put right and asked again.
-            self.store.create_study(self.name, self.spec.question())
-            self.store.link(self.name, "survey", key)
-            origin = self._origin()
-            self.store.put("origin", content_key(origin), origin)
-            self.store.link(self.name, "origin", content_key(origin))
+        with self.session(self.spec.estimator) as session:
             self.store.set_state(self.name, "running")
             state = "failed"
             try:
-                state = "complete" if self._run(planner, survey, executor) else "gaps"
+                state = "complete" if self._run(session) else "gaps"
             except KeyboardInterrupt:
                 state = "paused"
                 raise
             finally:
                 self.store.set_state(self.name, state)
         return self.front
+
+    def tournament(
+        self, estimators: Sequence[str] = (), *, plans: int = 100, sizes: int = 5, limit: float = 60.0
+    ) -> Tournament:
+        """Find out which estimator to trust on this model (see `mpsearch.tournament.hold`)."""
+        from mpsearch.tournament import hold
+
+        return hold(self, estimators, plans=plans, sizes=sizes, limit=limit)
+
+    @contextmanager
+    def session(self, estimator: str = "") -> Iterator[Session]:
+        """Look at model and data, check that the question can be answered, and note it; workers run meanwhile.
+
+        Args:
+            estimator: who will score; what it cannot score is refused at once.
+
+        Raises:
+            as `run`.
+        """
+        self.notices, self.computed = [], 0
+        registry.make("solvers", self.spec.solver, **self.spec.solver_settings)
+        self._check_texts()
+        if any(row.name == self.name for row in self.store.studies()):
+            self.store.create_study(self.name, self.spec.question())
+            self._check_origin()
+        with registry.make("executors", "local", workers=1 if self._work else self.spec.workers) as executor:
+            key, survey = self._find(executor)
+            rule = Rule.parse(self.spec.protect) if self.spec.protect else None
+            ratios_key, ratios = self._ratios(executor, rule, key) if rule else ("", {})
+            protected = rule.pins(survey.layers, ratios) if rule else {}
+            planner = Planner(self.spec, survey.layers, self._model_entry(survey), protected=protected)
+            if rule:
+                kept = {name: fmt for name, fmt in protected.items() if planner.pins[name] == fmt}
+                self.notices.append(rule.notice(survey.layers, ratios, kept))
+            if estimator:
+                check_covers(estimator, planner.formats)
+            if self._work is None:
+                check_length([fmt for fmt in planner.formats if isinstance(fmt, KvCache)], self.spec.length)
+            planner.check(self.budgets)
+            # A question that cannot be answered takes no name: it can be put right and asked again.
+            self.store.create_study(self.name, self.spec.question())
+            self.store.link(self.name, "survey", key)
+            if rule:
+                self.store.link(self.name, "ratios", ratios_key)
+            origin = self._origin()
+            self.store.put("origin", content_key(origin), origin)
+            self.store.link(self.name, "origin", content_key(origin))
+            yield Session(self, planner, survey, executor)
 
     def _check_texts(self) -> None:
         if self.identity["calibration"] == self.identity["validation"]:
@@ -137,8 +171,9 @@ class Study(StoredStudy):
                     advice="go back to what it was, or start another study: --name",
                 )
 
-    def _run(self, planner: Planner, survey: Survey, executor: Executor) -> bool:
+    def _run(self, session: Session) -> bool:
         """Score, solve, measure; say whether every plan could be measured."""
+        planner, survey = session.planner, session.survey
         self.notices += [*survey.notices, *layer_notices(survey.layers)]
         self.notices += [Notice("W131", f"{fmt} fits no layer: {planner.why_not(fmt)}") for fmt in planner.misfits]
         for position, table in enumerate(planner.costs):
@@ -147,18 +182,24 @@ class Study(StoredStudy):
         everything = planner.holds_all(self.budgets)
         if everything is not None:
             self.notices.append(everything)
-            return self._measure([Labelled("mixed", planner.at_16_bits())], executor)
+            return self._measure(session, [Labelled("mixed", planner.at_16_bits())])
         made = [str(fmt) for fmt in planner.formats if fmt.calibrated]
         if made:
             text = f"{', '.join(made)}: made from the calibration data and scored on it, so they look too good"
             self.notices.append(Notice("W425", f"{text}; plans are measured on other text"))
-        scores = self._score(planner, survey, executor)
+        scores, _ = session.score(self.spec.estimator)
+        self.store.link(self.name, "scores", str(scores.source["scope"]))
         self.notices += score_notices(scores)
+        self.notices += order_notices(scores, planner.sizes, self.spec.clamp)
+        if kept := planner.unscored(scores):
+            names = ", ".join(f"{scores.layers[i]} in {scores.formats[j]}" for i, j in kept[:3])
+            more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
+            self.notices.append(Notice("W518", f"without a score, kept in the largest format: {names}{more}"))
         chosen = Labelled("mixed", planner.mixed(scores, self.budgets))
         plans = [chosen, *planner.sweep(scores, self.budgets, self.spec.points)]
         plans += [Labelled(x.label, planner.predict(scores, x.plan)) for x in planner.uniform()]
         plans += planner.random(scores, self.budgets, self.spec.random)
-        return self._measure(plans, executor)
+        return self._measure(session, plans)
 
     def _find(self, executor: Executor) -> tuple[str, Survey]:
         """Return what is in the model and the text, and its key."""
@@ -168,81 +209,45 @@ class Study(StoredStudy):
         key = content_key([self.identity, cut, fingerprint()])
         known = self.store.get("survey", key)
         if known is None:
-            self._report("load", 0, 1)
-            for _, survey in self._compute(executor, [SurveyTask()]):
+            self.report("load", 0, 1)
+            for _, survey in self.compute(executor, [SurveyTask()]):
                 known = survey.to_json()
                 self.store.put("survey", key, known)
-            self._report("load", 1, 1)
+            self.report("load", 1, 1)
         assert known is not None
         return key, Survey.from_json(known)
 
-    def _score(self, planner: Planner, survey: Survey, executor: Executor) -> SensitivityTable:
-        settings = dict(self.spec.estimator_settings)
-        settings.setdefault("seed", self.spec.seed) if "seed" in registry.settings(
-            "estimators", self.spec.estimator
-        ) else None
-        scope = content_key(
-            {
-                "model": self.identity["model"],
-                "calibration": self.identity["calibration"],
-                "cut": [self.spec.tokens, self.spec.length, self.spec.batch_size],
-                "estimator": [self.spec.estimator, settings, registry.load("estimators", self.spec.estimator).version],
-                "layers": survey.layers.key,
-                "formats": [fmt.key for fmt in planner.formats],
-                "fingerprint": fingerprint(),
-            }
-        )
-        scoring = Scoring(
-            scope, self.spec.estimator, tuple(sorted(settings.items())), survey.layers, planner.formats, survey.batches
-        )
-        scores = scoring.table(
-            self.store,
-            lambda tasks: self._compute(executor, tasks),
-            lambda done, total: self._report("score", done, total),
-        )
-        self.store.link(self.name, "scores", scope)
-        return scores
+    def _ratios(self, executor: Executor, rule: Rule, survey: str) -> tuple[str, dict[str, float]]:
+        """Return what a rule pins layers by, layer name -> ratio, and its key."""
+        version = registry.load("estimators", rule.estimator).version
+        key = content_key([survey, rule.estimator, version])
+        known = self.store.get("ratios", key)
+        if known is None:
+            for _, ratios in self.compute(executor, [RatioTask(rule.estimator)]):
+                known = {"ratios": ratios}
+                self.store.put("ratios", key, known)
+        assert known is not None
+        return key, known["ratios"]
 
-    def _measure(self, plans: Sequence[Labelled], executor: Executor) -> bool:
-        """Measure plans that were not measured before, and note which belong to this study and in what order.
+    def _measure(self, session: Session, plans: Sequence[Labelled]) -> bool:
+        """Measure plans, and note which belong to this study and in what order.
 
         Returns:
             Whether all could be measured; each one that could not leaves a notice.
         """
-        tasks: dict[str, MeasureTask] = {}
         for position, item in enumerate(plans):
             self.store.put("plan", item.plan.key, item.plan.to_json())
             self.store.link(self.name, "plan", item.plan.key, label=item.label, position=position)
-            key = self._measurement_key(item.plan)
-            if key not in tasks and self.store.get("measurement", key) is None:
-                tasks[key] = MeasureTask(EVALUATOR, item.plan.to_json())
-        keys, failed = list(tasks), set[str]()
-        self._report("measure", 0, len(keys))
-        for done, (i, found) in enumerate(self._compute(executor, list(tasks.values())), start=1):
-            self._report("measure", done, len(keys))
-            if isinstance(found, Failed):
-                self.notices.append(Notice("W511", found.message))
-                failed.add(keys[i])
-                continue
-            body = found.to_json()
-            volatile = {"seconds": body.pop("seconds")}
-            self.store.put("measurement", keys[i], body, volatile=volatile)
+        measured = session.measure(plans)
+        self.notices += [Notice("W511", failed.message) for failed in session.failed]
         for position, item in enumerate(plans):
-            key = self._measurement_key(item.plan)
-            if key not in failed:
+            if item.plan.key in measured:
+                key = session.measurement_key(item.plan)
                 self.store.link(self.name, "measurement", key, item.label, position)
-        return not failed
+        return not session.failed
 
-    def _measurement_key(self, plan: BitPlan) -> str:
-        cut = [self.spec.validation_tokens, self.spec.length, self.spec.batch_size]
-        evaluator = [EVALUATOR, registry.load("evaluators", EVALUATOR).version]
-        parts = [plan.assignment, self.identity["validation"], cut, evaluator, fingerprint()]
-        parts += sorted({fmt.key for fmt in plan.formats.values()} - {str(fmt) for fmt in plan.formats.values()})
-        if any(fmt.calibrated for fmt in plan.formats.values()):
-            parts.append([self.identity["calibration"], self.spec.tokens])
-        return content_key(parts)
-
-    def _compute(self, executor: Executor, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    def compute(self, executor: Executor, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """Have tasks done, and yield (index, result) as they are."""
         if not tasks:
             return
         setup = replace(

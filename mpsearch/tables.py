@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +31,16 @@ def _frozen(values: Any, shape: tuple[int, int]) -> Array:
 
 def _worst(cell: Sequence[Status]) -> Status:
     return next((status for status in cell if status != "ok"), "ok")
+
+
+def _not_finite(parts: Sequence[SensitivityTable]) -> dict[str, dict[str, list[int]]]:
+    """In which batches a decision had values that are not finite, where there are any."""
+    found: dict[str, list[int]] = {}
+    for i, part in enumerate(parts):
+        for name, row in zip(part.layers, part.status, strict=True):
+            if "non_finite" in row:
+                found.setdefault(name, []).append(i)
+    return {"not_finite": found} if found else {}
 
 
 def _to_lists(values: Array) -> list[list[float | None]]:
@@ -136,8 +147,84 @@ class SensitivityTable:
         value[bad] = math.nan
         spread[bad] = math.nan
         return cls(
-            first.layers, first.formats, value, spread, first.unit, status, sum(p.samples for p in parts), first.source
+            first.layers,
+            first.formats,
+            value,
+            spread,
+            first.unit,
+            status,
+            sum(p.samples for p in parts),
+            {**first.source, **_not_finite(parts)},
         )
+
+    def take(self, rows: Sequence[int] | None = None, columns: Sequence[int] | None = None) -> SensitivityTable:
+        """Return some rows and some formats, by number, in the order they are asked for; all when left out."""
+        i = list(range(len(self.layers)) if rows is None else rows)
+        j = list(range(len(self.formats)) if columns is None else columns)
+        return replace(
+            self,
+            layers=tuple(self.layers[row] for row in i),
+            formats=tuple(self.formats[column] for column in j),
+            value=self.value[i][:, j],
+            spread=self.spread[i][:, j],
+            status=tuple(tuple(self.status[row][column] for column in j) for row in i),
+        )
+
+    def non_monotone(self, costs: CostTable | Array, z: float = 2.0) -> list[tuple[str, str, str, float, float]]:
+        """Name the pairs of formats where the dearer one scores worse, beyond chance.
+
+        A pair counts when value[dearer] - value[cheaper] > z sqrt(spread[dearer]^2 + spread[cheaper]^2). Formats that
+        round a layer's input differently (``W@A``) are not compared, for neither is better in every way; nor are
+        scores whose error is not known. Both scores are mostly of the same samples, so the combined error is rather too
+        large, and few pairs are named that are not so.
+
+        Args:
+            costs: what orders the formats of a row, such as their bytes; equal costs are not compared.
+            z: how many combined standard errors a difference must exceed.
+
+        Returns:
+            (row, cheaper format, dearer format, excess, excess in combined standard errors).
+
+        >>> table = SensitivityTable(("a",), ("int2", "int4"), [[1.0, 2.0]], [[0.3, 0.4]], "nats/token")
+        >>> table.non_monotone(np.array([[2.0, 4.0]]), z=1.5)
+        [('a', 'int2', 'int4', 1.0, 2.0)]
+        """
+        found = []
+        for i, cheap, dear in self._steps(costs):
+            excess = float(self.value[i, dear] - self.value[i, cheap])
+            error = math.hypot(self.spread[i, cheap], self.spread[i, dear])
+            if excess > z * error:
+                sigmas = excess / error if error else math.inf
+                found.append((self.layers[i], self.formats[cheap], self.formats[dear], excess, sigmas))
+        return found
+
+    def clamped(self, costs: CostTable | Array) -> SensitivityTable:
+        """Return a table in which no dearer format scores worse than a cheaper one.
+
+        Each cell takes the least value among its own and those of strictly cheaper formats of its row, with that
+        cell's spread. That is right where more bytes can only help, as within one family of formats; a dearer format
+        that really is worse is made to look as good as the cheaper one. Formats are compared as in `non_monotone`.
+
+        >>> table = SensitivityTable(("a",), ("int2", "int4"), [[1.0, 2.0]], [[0.3, 0.4]], "nats/token")
+        >>> table.clamped(np.array([[2.0, 4.0]])).value.tolist()
+        [[1.0, 1.0]]
+        """
+        value, spread = self.value.copy(), self.spread.copy()
+        for i, cheap, dear in self._steps(costs):
+            if self.value[i, cheap] < value[i, dear]:
+                value[i, dear], spread[i, dear] = self.value[i, cheap], self.spread[i, cheap]
+        by = costs.resource if isinstance(costs, CostTable) else "cost"
+        return replace(self, value=value, spread=spread, source={**self.source, "clamped": by})
+
+    def _steps(self, costs: CostTable | Array) -> Iterator[tuple[int, int, int]]:
+        """(row, cheaper column, dearer column) of all cells that can be compared."""
+        cost = _frozen(costs.value if isinstance(costs, CostTable) else costs, self.value.shape)
+        inputs = [name.partition("@")[2] for name in self.formats]
+        for i, row in enumerate(self.status):
+            there = [f for f, status in enumerate(row) if status == "ok" and math.isfinite(cost[i, f])]
+            for cheap, dear in itertools.permutations(there, 2):
+                if cost[i, cheap] < cost[i, dear] and inputs[cheap] == inputs[dear]:
+                    yield i, cheap, dear
 
 
 @dataclass(frozen=True, eq=False)

@@ -97,6 +97,17 @@ class ScoreTask:
 
 
 @dataclass(frozen=True)
+class RatioTask:
+    """Find the ratio of every layer that a rule pins by, on the calibration data.
+
+    Attributes:
+        estimator: who reports it.
+    """
+
+    estimator: str
+
+
+@dataclass(frozen=True)
 class MeasureTask:
     """Run a plan on the validation text.
 
@@ -119,4 +130,4 @@ class Failed:
     message: str
 
 
-Task = SurveyTask | ScoreTask | MeasureTask
+Task = SurveyTask | RatioTask | ScoreTask | MeasureTask

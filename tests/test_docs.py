@@ -86,3 +86,24 @@ def test_every_format_stands_in_the_table_of_references() -> None:
     names = [str(fmt) for fmts in all_formats().values() for fmt in fmts] + [f"@{text}" for text in Activation.examples]
     assert [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)] == []
     assert all(row[-1].strip(" |") for row in rows)
+
+
+def test_every_estimator_stands_in_the_tables_of_its_page() -> None:
+    from mpsearch.cli.estimators import _catalogue
+    from tests.architectures import FAMILIES
+    from tests.test_architectures import REFUSED
+
+    page = (ROOT / "docs" / "estimators.md").read_text()
+    listed = page[page.index("## All of them") : page.index("## Which to trust")]
+    families = page[page.index("## Architectures") :]
+    assert f"| estimator | {' | '.join(FAMILIES)} |" in families
+    for row in _catalogue():
+        also = [what for what in row["sees"] if what != "weights"]
+        predicts = row["predicts"] + (f" [{', '.join(also)}]" if also else "")
+        needs, parts = ", ".join(row["needs"]), "yes" if row["parts"] else ""
+        name = row["estimator"]
+        assert f"| `{name}` | {predicts} | {needs} | {parts} | {row['streams']} |" in listed
+        cells = next(line for line in families.splitlines() if line.startswith(f"| `{name}` |"))[2:-2].split(" | ")[1:]
+        refused = [family for family, cell in zip(FAMILIES, cells, strict=True) if cell == "refused"]
+        blind = {"own loss"} if "logits" in row["needs"] else set()
+        assert refused == [family for family in FAMILIES if (name, family) in REFUSED or family in blind]

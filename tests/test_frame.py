@@ -20,7 +20,7 @@ HEAVY = ("torch", "transformers", "ray", "sqlalchemy", "alembic")
 #: Import names that only an extra installs.
 EXTRAS = {"ray", "fastapi", "uvicorn", "starlette", "PIL", "onnx", "onnxruntime", "psycopg"}
 #: Modules beside the trunk that stand above `study`; they load what they need when they are called.
-DOORS = {"mpsearch.api"}
+DOORS = {"mpsearch.ablation", "mpsearch.api"}
 #: Modules that turn bytes into code or objects (rule: what is read from disk is data).
 BARRED_MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 BARRED_CALLS = {"eval", "exec", "__import__", "torch.load", "torch.export.load"}

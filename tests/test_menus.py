@@ -300,7 +300,10 @@ def test_a_budget_that_holds_all_leaves_all_as_it_is_only_if_that_is_on_the_menu
 
 # Estimators that do not see something say so.
 
-BLIND = {"activations": ["fisher", "hessian_trace", "weight_mse"], "caches": ["fisher", "output_mse", "weight_mse"]}
+BLIND = {
+    "activations": ["hessian_eigenvalue", "lim", "weight_mse"],
+    "caches": ["hessian_trace", "output_mse", "weight_mse"],
+}
 
 
 def test_who_sees_what() -> None:

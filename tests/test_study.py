@@ -419,7 +419,7 @@ def test_what_is_within_the_noise_does_not_draw_bits_away() -> None:
     assert Planner(spec, layers, {}).predict(scores, uniform.plan).loss == pytest.approx(plan.loss)
 
 
-def test_decisions_without_any_score_are_named() -> None:
+def test_decisions_without_any_score_stay_in_the_largest_format() -> None:
     import numpy as np
 
     from mpsearch.layer import Layer, Layers
@@ -431,6 +431,11 @@ def test_decisions_without_any_score_are_named() -> None:
     value = np.array([[np.nan, np.nan], [3.0, 0.3]])
     status = (("not_observed", "not_observed"), ("ok", "ok"))
     scores = SensitivityTable(("a", "b"), spec.formats, value, np.abs(value), "nats/token", status)  # type: ignore[arg-type]
+    planner = Planner(spec, layers, {})
+    # Kept in the largest format, though the smallest would have let the other have more.
+    kept = planner.mixed(scores, [mp.Budget.parse("weights <= 7 bits")])
+    assert [str(fmt) for fmt in kept.formats.values()] == ["int8-channel", "int2-channel"]
+    assert planner.unscored(scores) == [(0, 1)]
     with pytest.raises(mp.InputError, match="E211") as found:
-        Planner(spec, layers, {}).mixed(scores, [mp.Budget.parse("12 bits")])
+        planner.mixed(scores, [mp.Budget.parse("weights <= 5 bits")])
     assert "'a'" in found.value.message

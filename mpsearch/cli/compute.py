@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 import sys
 import time
@@ -23,7 +22,7 @@ from mpsearch.cli.options import (
     storage_option,
     worker_count,
 )
-from mpsearch.errors import InputError, MpsearchError, UsageError, did_you_mean
+from mpsearch.errors import InputError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from mpsearch.studying import Study
@@ -173,25 +172,8 @@ def _run(spec: Any, quiet: bool) -> None:
     with registry.make("stores", "sql", url=spec.storage) as store:
         study = Study(spec, store, report=progress)
         started = time.monotonic()
-        try:
+        with progress.around(study, f"mpsearch resume {shlex.quote(spec.name)}{storage_option(spec.storage)}"):
             study.run()
-        except KeyboardInterrupt:
-            progress.end()
-            noted = any(row.name == spec.name for row in store.studies())
-            again = (
-                f"mpsearch resume {shlex.quote(spec.name)}{storage_option(spec.storage)}"
-                if noted
-                else "the same command"
-            )
-            sys.stderr.write(f"paused; go on with: {again}\n")
-            sys.stderr.flush()
-            store.close()
-            # Python would wait for the threads of a pool that was ended in the middle, and that can take for ever.
-            os._exit(130)
-        except MpsearchError:
-            progress.end()
-            raise
-        progress.end()
         _present(study, time.monotonic() - started)
 
 

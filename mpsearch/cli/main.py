@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from mpsearch import __version__
-from mpsearch.cli import compute, formats, options, stored
+from mpsearch.cli import compute, estimators, formats, options, stored
 from mpsearch.errors import MpsearchError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ for command in (
     stored.export,
     stored.layers,
     formats.formats,
+    estimators.estimators,
     compute.demo,
 ):
     app.command()(command)

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mpsearch.studying import Study
 
 
 class Progress:
@@ -32,6 +39,27 @@ class Progress:
         self._shown = now
         self._write(self._line(done, total, now - self._start))
         if last:
+            self.end()
+
+    @contextmanager
+    def around(self, study: Study, again: str) -> Iterator[None]:
+        """Run the body; Ctrl-C ends the process at once, and says how to go on.
+
+        Args:
+            study: what the body works on.
+            again: the command that goes on with it, once its name is stored.
+        """
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.end()
+            noted = any(row.name == study.name for row in study.store.studies())
+            sys.stderr.write(f"paused; go on with: {again if noted else 'the same command'}\n")
+            sys.stderr.flush()
+            study.store.close()
+            # Python would wait for the threads of a pool that was ended in the middle, and that can take for ever.
+            os._exit(130)
+        finally:
             self.end()
 
     def _line(self, done: int, total: int, seconds: float) -> str:

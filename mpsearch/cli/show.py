@@ -15,6 +15,7 @@ from mpsearch.front import Measurement, ParetoFront
 from mpsearch.layer import Layers
 from mpsearch.plan import BitPlan
 from mpsearch.studying import Study
+from mpsearch.tournament import Tournament
 from mpsearch.verdict import best_uniform, gain
 
 # Control characters and the marks that turn the direction of text could forge what a terminal shows.
@@ -146,6 +147,51 @@ def refusals_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         reasons = [f"{in_short(entry['layers'])}: {entry['reason']}" for entry in row["refused"]]
         table.add_row(row["format"], f"{row['taken']} of {row['layers']}", Text(safe("; ".join(reasons))))
+    return table
+
+
+def estimators_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The estimators, what they cost and need."""
+    table = _table(
+        "Estimators", ("name", "left"), ("predicts", "left"), ("cost beside rounding", "left"), ("needs", "left")
+    )
+    for row in rows:
+        sees = [what for what in row["sees"] if what != "weights"]
+        also = f" (also of {' and '.join(sees)})" if sees else ""
+        name = Text(row["estimator"], no_wrap=True)
+        table.add_row(name, f"{row['predicts']}{also}", row["cost"], Text(", ".join(row["needs"]), no_wrap=True))
+    return table
+
+
+def tournament_table(outcome: Tournament) -> Table:
+    """Who predicts best, best first."""
+    table = _table(
+        f"Estimators against {outcome.plans} measured random plans of {len(outcome.sizes)} sizes",
+        ("estimator", "left"),
+        ("its plans lose", "right"),
+        ("rank correlation", "right"),
+        ("95 %", "right"),
+        ("same size", "right"),
+        ("seconds", "right"),
+        ("", "left"),
+    )
+    for entry in outcome.entries:
+        c = entry.correlation
+        mark = "► " if entry.estimator == outcome.recommended else "  "
+        table.add_row(
+            Text(mark + entry.estimator, no_wrap=True),
+            "" if entry.excess is None else f"+{100 * entry.excess:.1f} %",
+            "" if c is None else f"{c.value:.3f}",
+            "" if c is None else f"{c.low:.3f} to {c.high:.3f}",
+            "" if c is None else f"{c.within:.2f}",
+            f"{entry.seconds:.2f}" if entry.seconds else "",
+            Text(safe(entry.why_not)),
+        )
+    table.caption = (
+        "its plans lose: more than the best plan measured at each size, on average. same size: rank correlation among "
+        "plans of one size.\nseconds: of scoring, on one core."
+    )
+    table.caption_justify = "left"
     return table
 
 

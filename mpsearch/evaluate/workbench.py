@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +20,7 @@ from mpsearch.model.source import source_digest
 from mpsearch.model.threads import one_thread
 from mpsearch.plan import BitPlan
 from mpsearch.tables import SensitivityTable
-from mpsearch.tasks import Failed, MeasureTask, ScoreTask, Setup, Survey, SurveyTask, Task
+from mpsearch.tasks import Failed, MeasureTask, RatioTask, ScoreTask, Setup, Survey, SurveyTask, Task
 
 #: Fewer sequences than this give a rough standard error.
 FEW = 8
@@ -43,6 +44,7 @@ class Workbench:
     layers: Layers
     notices: tuple[Notice, ...] = ()
     _single: dict[int, Sequence[Any]] = field(default_factory=dict, repr=False)
+    _scorer: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         self.model.calibrate(self.calibration, self.layers)
@@ -86,13 +88,22 @@ class Workbench:
             notices += (Notice("W505", f"{text}; more validation tokens, or a shorter length"),)
         return cls(model, calibration, validation, layers, notices)
 
-    def run(self, task: Task) -> Survey | SensitivityTable | Measurement | Failed:
+    def run(self, task: Task) -> Survey | dict[str, float] | SensitivityTable | Measurement | Failed:
         """Do one task on one thread, so that its result is the same on every worker."""
         with one_thread():
             if isinstance(task, SurveyTask):
                 return Survey(self.layers, len(self.calibration), self.model.architecture, self.notices)
+            if isinstance(task, RatioTask):
+                report = registry.make("estimators", task.estimator).report(self.model, self.calibration, self.layers)
+                return {row.layer: row.ratio for row in report}
             if isinstance(task, ScoreTask):
-                return self._score(task)
+                if task.estimator != self._scorer:
+                    # What one estimator left behind must not make another one look quick.
+                    self.model.forget()
+                    self._scorer = task.estimator
+                start = time.perf_counter()
+                table = self._score(task)
+                return replace(table, source={**table.source, "seconds": time.perf_counter() - start})
             return self._measure(task)
 
     def _measure(self, task: MeasureTask) -> Measurement | Failed:
@@ -135,5 +146,5 @@ class Work:
 
     setup: Setup
 
-    def __call__(self, task: Task) -> Survey | SensitivityTable | Measurement | Failed:
+    def __call__(self, task: Task) -> Survey | dict[str, float] | SensitivityTable | Measurement | Failed:
         return workbench_of(self.setup).run(task)

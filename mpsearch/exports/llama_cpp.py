@@ -173,6 +173,8 @@ def _place(layer: Layer, fmt: Format, names: GgufNames, architecture: str) -> _E
     name = _gguf_name(layer, names)
     allowed = [text for text in _OFFERED if not Format.parse(text).refuses(layer)]
     kind = _type_of(fmt)
+    if layer.is_part:
+        return _Entry(layer.name, problem=f"{layer.name}: is part of a tensor, and GGUF gives a whole tensor one type")
     if layer.kind not in ("linear", "embedding") or len(layer.shape) != 2:
         reason, allowed = f"has no place in GGUF: the layer is a {layer.kind} of shape {layer.shape}", []
     elif not name:

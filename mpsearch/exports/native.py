@@ -22,9 +22,11 @@ from mpsearch.formats.activation import Activation
 from mpsearch.layer import Excluded, Layer
 from mpsearch.model.activations import pack_range
 from mpsearch.model.codec import Evidence
+from mpsearch.model.cut import part_of, put
 from mpsearch.model.evidence import Calibration
 from mpsearch.model.packing import pack, unpack
 from mpsearch.model.quantize import dequantize, quantize
+from mpsearch.parts import wholes
 from mpsearch.plan import BitPlan
 
 PLAN = "plan.json"
@@ -38,7 +40,8 @@ class Native:
     ``weights.safetensors`` holds for a layer in a quantised format ``<tensor>.<part>`` for each part that
     ``format.itemised_bytes`` names (``payload``, ``scales``, …) as flat uint8 (see `mpsearch.model.packing`; scales of
     inputs in float32); for a layer in a plain number type ``<tensor>`` in that type; nothing for a KV cache; for every
-    kept tensor its own name in its stored type. A weight that several modules share is held once. The bytes of all
+    kept tensor its own name in its stored type. A weight that several modules share is held once. Parts of a layer are
+    held one by one, with their range behind the tensor's name (``q_proj.weight[0:64].payload``). The bytes of all
     tensors add up to ``plan.bytes``. The metadata field ``plan`` names the plan by its digest.
 
     Memory: the packed model twice, beside the model itself.
@@ -53,10 +56,18 @@ class Native:
     force: bool = False
 
     def refuses(self, plan: BitPlan) -> Sequence[str]:
-        """Name the layers whose shape does not take their format, or whose names would collide in the file."""
+        """Name the layers that their format or the file cannot hold.
+
+        That is those whose shape does not take their format, whose names would collide in the file, or of which some
+        weights are in no part.
+        """
         found = [
             f"{layer.name}: {problem}" for layer in plan.layers if (problem := plan.formats[layer.name].refuses(layer))
         ]
+        for whole in wholes(layer for layer in plan.layers if layer.is_part):
+            held = sum(layer.weights for layer in plan.layers if layer.is_part and layer.of == whole.name)
+            if held < whole.weights:
+                found.append(f"{whole.name}: its parts hold {held} of {whole.weights} weights, and nothing the others")
         taken = {"__metadata__": "the file's own header"}
         for owner, name in _file_names(plan):
             if name in taken:
@@ -95,7 +106,8 @@ class Native:
         Returns:
             The plan, and tensor name -> weight: float32 for decided layers, equal to `fake_quantize` of the
             float32 weight bit for bit; the stored type for kept tensors. A shared weight comes under each of its
-            names as one tensor. Empty when the export holds no weights.
+            names as one tensor, parts of a layer come as one tensor under its name. Empty when the export holds no
+            weights.
 
         Raises:
             InputError: a file is missing (E101), cut or edited (E304, E404), or the weights are of another
@@ -163,7 +175,7 @@ def _packed(plan: BitPlan, model: Any) -> dict[str, Tensor]:
         fmt = plan.formats[layer.name]
         if layer.kind == "kv_cache":
             continue
-        weight = _find(model.module, layer.tensor, layer.shape)
+        weight = part_of(_find(model.module, layer.whole.tensor, layer.whole.shape), layer)
         calibration = Calibration.of(model) if fmt.calibrated else None
         evidence = calibration.evidence(layer, fmt.weight) if calibration else Evidence()
         quantized = quantize(weight, fmt, layer.row_axes, name=layer.name, evidence=evidence)
@@ -184,6 +196,7 @@ def _packed(plan: BitPlan, model: Any) -> dict[str, Tensor]:
 
 def _unpacked(plan: BitPlan, stored: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
+    parts_of: dict[Layer, dict[Layer, Tensor]] = {}
     try:
         for layer in plan.layers:
             fmt = plan.formats[layer.name]
@@ -196,6 +209,12 @@ def _unpacked(plan: BitPlan, stored: Mapping[str, Tensor], path: Path) -> dict[s
                 # Not in the stored type: rounding to bfloat16 again would not be what was measured.
                 weight = dequantize(replace(unpack(parts, fmt, layer), dtype=torch.float32))
             weights |= _input_parts(layer, fmt, stored)
+            if layer.is_part:
+                parts_of.setdefault(layer.whole, {})[layer] = weight
+                continue
+            weights |= dict.fromkeys((layer.tensor, *(f"{module}.weight" for module in layer.shared)), weight)
+        for layer, together in parts_of.items():
+            weight = put(together, torch.zeros(layer.shape))
             weights |= dict.fromkeys((layer.tensor, *(f"{module}.weight" for module in layer.shared)), weight)
         for kept in plan.layers.excluded:
             weights[kept.name] = stored[kept.name]

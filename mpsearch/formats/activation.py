@@ -110,6 +110,8 @@ class Activation(Format):
             return "an embedding reads token numbers, which cannot be rounded"
         if layer.kind == "expert":
             return "inputs inside a module of stacked experts cannot be reached"
+        if layer.is_part:
+            return "the input of a part is that of its whole layer, which has one format; use formats of weights alone"
         if layer.kind == "conv" and (self.grain in ("group", "block") or (self.grain == "channel" and self.static)):
             return "inputs of a convolution are rounded per token or tensor"
         block = _BLOCKS[self.number] if self.grain == "block" else self.group

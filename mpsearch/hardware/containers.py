@@ -70,6 +70,8 @@ def refuses(fmt: Format, layer: Layer, container: str = "native") -> str:
     problem = fmt.refuses(layer)
     if problem or layer.kind == "kv_cache":
         return problem
+    if layer.is_part and container != "native":
+        return f"{container} gives a layer one format; it holds no parts of '{layer.of}'"
     return CONTAINERS[container][0](fmt, layer)
 
 

@@ -15,27 +15,33 @@ from mpsearch.formats.activation import Activation
 from mpsearch.formats.kv_cache import KvCache
 from mpsearch.layer import Layer
 from mpsearch.model.activations import Range, round_input
+from mpsearch.model.cut import part_of, put
 from mpsearch.model.evidence import Calibration, channel_axis, readers
 from mpsearch.model.kv_cache import find_caches
 from mpsearch.model.model import Model
 from mpsearch.model.quantize import Quantized, fake_quantize, quantize
+from mpsearch.parts import check_apart
 
 
 def quantized_weight(model: Model, layer: Layer, fmt: Format) -> Tensor:
     """The weight of a layer after a round trip through a format, float32, same shape.
 
+    A part of a layer is rounded as a matrix of its own. What goes by rows is then what the whole layer would get there;
+    a scale of the whole tensor is one of the part. Error feedback (``-gptq``) stays within the part's columns.
+
     Raises:
         InputError: as `fake_quantize`; also when calibration data is needed and cannot be had (E422).
     """
     evidence = Calibration.of(model).evidence(layer, fmt)
-    weight = model.weight(layer.name).detach()
+    weight = part_of(model.weight(layer.name).detach(), layer)
     return fake_quantize(weight, fmt, layer.row_axes, name=layer.name, evidence=evidence)
 
 
 def quantized_parts(model: Model, layer: Layer, fmt: Format) -> Quantized:
     """What is stored of a layer in a format; dequantised it is `quantized_weight` bit for bit."""
     evidence = Calibration.of(model).evidence(layer, fmt)
-    return quantize(model.weight(layer.name).detach(), fmt, layer.row_axes, name=layer.name, evidence=evidence)
+    weight = part_of(model.weight(layer.name).detach(), layer)
+    return quantize(weight, fmt, layer.row_axes, name=layer.name, evidence=evidence)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +62,13 @@ class Change:
     def of(cls, model: Model, formats: Mapping[Layer, Format]) -> Change:
         """Round what the formats ask for. Call while the model is unchanged.
 
+        Of a layer whose parts are named, what is in none of them stays as it is.
+
         Raises:
-            InputError: a layer cannot take its format (E130), or as `quantized_weight`.
+            InputError: a layer cannot take its format (E130), parts have weights in common (E122), or as
+                `quantized_weight`.
         """
+        check_apart(formats)
         weights, inputs, caches = {}, {}, {}
         places = find_caches(model) if any(isinstance(fmt, KvCache) for fmt in formats.values()) else {}
         for layer, fmt in formats.items():
@@ -111,16 +121,26 @@ def swapped(model: Model, weights: Mapping[Layer, Tensor]) -> Iterator[None]:
     """Run the body with other weights; afterwards every weight is the tensor it was before.
 
     Weights are swapped, not overwritten, so nothing needs to be restored by arithmetic, and a weight that
-    several modules share changes in all of them.
+    several modules share changes in all of them. Parts of one layer are put together into a copy of its weight.
 
     Args:
         model: the model.
         weights: layer -> the weight to use, float32, the shape of the layer's own.
+
+    Raises:
+        InputError: parts have weights in common (E122).
     """
-    originals = {layer: model.weight(layer.name).data for layer in weights}
+    check_apart(weights)
+    parts: dict[str, dict[Layer, Tensor]] = {}
+    originals: dict[Layer, Tensor] = {}
+    for layer, weight in weights.items():
+        if layer.is_part:
+            parts.setdefault(layer.of, {})[layer] = weight
+        originals.setdefault(layer.whole, model.weight(layer.name).data)
     try:
-        for layer, weight in weights.items():
-            model.weight(layer.name).data = weight
+        for layer, original in originals.items():
+            mine = parts.get(layer.name)
+            model.weight(layer.name).data = put(mine, original.clone()) if mine else weights[layer]
         yield
     finally:
         for layer, original in originals.items():

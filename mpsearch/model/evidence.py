@@ -17,6 +17,7 @@ from mpsearch.model.activations import Range, seen_in
 from mpsearch.model.codec import Evidence
 from mpsearch.model.model import Batch, Model, samples_of
 from mpsearch.model.threads import one_thread
+from mpsearch.parts import wholes
 
 #: What was asked for is kept up to this many bytes; the oldest is forgotten first.
 KEEP_BYTES = 2**30
@@ -34,7 +35,7 @@ class Calibration:
     def __init__(self, model: Model, batches: Sequence[Batch], layers: Sequence[Layer] = ()) -> None:
         self._model = model
         self._batches = batches
-        self._layers = [layer for layer in layers if layer.kind in ("linear", "conv") and layer.groups == 1]
+        self._layers = [layer for layer in wholes(layers) if layer.kind in ("linear", "conv") and layer.groups == 1]
         self._kept: dict[tuple[str, str], Any] = {}
 
     @classmethod
@@ -47,12 +48,17 @@ class Calibration:
     def evidence(self, layer: Layer, fmt: Format) -> Evidence:
         """What a format needs to round a layer.
 
+        Of a part of a layer: the rows and columns of the whole layer's that are the part's.
+
         Raises:
             InputError: there is no calibration data, or the layer is never called by it (E422).
         """
         if not fmt.needs:
             return Evidence()
-        return Evidence(**{fmt.needs: self._known(layer, fmt, fmt.needs)})
+        known: Tensor = self._known(layer.whole, fmt, fmt.needs)
+        columns = slice(*layer.inputs) if layer.inputs else slice(None)
+        rows = columns if fmt.needs == "hessian" else slice(*layer.channels) if layer.channels else slice(None)
+        return Evidence(**{fmt.needs: known[rows, columns] if layer.is_part else known})
 
     def input_range(self, layer: Layer, fmt: Activation) -> Range:
         """Least and largest input of a layer, over all calibration data.

@@ -14,6 +14,8 @@ from mpsearch.errors import InputError
 from mpsearch.layer import Excluded, Layer, Layers
 from mpsearch.model.kv_cache import find_caches
 from mpsearch.model.model import Batch, Model, batch_size
+from mpsearch.model.reads import read_by_any
+from mpsearch.model.repeatable import check_repeatable
 
 Ties = Literal["auto", "none"] | Sequence[Sequence[str]]
 
@@ -51,7 +53,14 @@ class _Use:
         self.inputs.clear()
 
 
-def find_layers(model: Model, batches: Sequence[Batch] = (), ties: Ties = "auto", *, caches: bool = False) -> Layers:
+def find_layers(
+    model: Model,
+    batches: Sequence[Batch] = (),
+    ties: Ties = "auto",
+    *,
+    caches: bool = False,
+    may_be_none: bool = False,
+) -> Layers:
     """Find what can be decided in a model, with one forward pass per batch.
 
     Linear, convolution and embedding weights are decided, and so are weights of many experts stacked in one tensor;
@@ -64,14 +73,19 @@ def find_layers(model: Model, batches: Sequence[Batch] = (), ties: Ties = "auto"
             a language model runs on eight tokens, and nothing counts as never called.
         ties: ``auto`` as above, ``none``, or lists of layer names or patterns, one list per tie.
         caches: also list the KV caches, keys and values apart, after all weights.
+        may_be_none: a model with nothing to decide is no error.
 
     Raises:
-        InputError: nothing to decide (E418), or a tie that matches nothing (E120).
+        InputError: nothing to decide (E418), a tie that matches nothing (E120), or a model that gives two answers to
+            one batch (E513).
     """
     if ties not in ("auto", "none") and isinstance(ties, str):
         raise InputError("E113", f"ties is '{ties}'; give auto, none, or lists of layer names")
     used = _watch_forward(model, batches)
+    if batches:
+        check_repeatable(model, batches[0])
     calls = _calls(model, used) if batches else None
+    read = _read_elsewhere(model, batches, calls) if calls is not None else set()
     layers: dict[int, Layer] = {}
     excluded: list[Excluded] = []
     seen: dict[int, str] = {}
@@ -84,7 +98,7 @@ def find_layers(model: Model, batches: Sequence[Batch] = (), ties: Ties = "auto"
                 continue
             seen[id(parameter)] = full
             dtype = model.stored.get(full, "float32")
-            reason = _reason_to_keep(module, name, parameter, calls)
+            reason = _reason_to_keep(module, name, parameter, calls, read)
             if reason:
                 excluded.append(Excluded(full, tuple(parameter.shape), dtype, reason))
                 continue
@@ -106,7 +120,7 @@ def find_layers(model: Model, batches: Sequence[Batch] = (), ties: Ties = "auto"
             if name not in module._non_persistent_buffers_set:
                 full = f"{path}.{name}" if path else name
                 excluded.append(Excluded(full, tuple(buffer.shape), model.stored[full], "buffer"))
-    if not layers:
+    if not layers and not may_be_none:
         kinds = sorted(
             {type(m).__name__ for m in model.module.modules() if next(m.parameters(recurse=False), None) is not None}
         )
@@ -157,13 +171,30 @@ def _calls(model: Model, used: dict[str, _Use]) -> dict[int, int]:
     return calls
 
 
-def _reason_to_keep(module: nn.Module, name: str, parameter: Tensor, calls: dict[int, int] | None) -> str:
+def _read_elsewhere(model: Model, batches: Sequence[Batch], calls: dict[int, int]) -> set[int]:
+    """Weights whose module is not called but which are read: Mamba gives its convolution's weight to a function."""
+    uncalled = {
+        id(module.weight)
+        for module in model.module.modules()
+        if _kind(module) and not calls.get(id(module.weight)) and isinstance(module.weight, nn.Parameter)
+    }
+    return read_by_any(uncalled, lambda batch: _run(model, batch), batches)
+
+
+def _run(model: Model, batch: Batch) -> None:
+    with torch.no_grad():
+        model.logits(batch) if model.has_logits else model.loss(batch)
+
+
+def _reason_to_keep(
+    module: nn.Module, name: str, parameter: Tensor, calls: dict[int, int] | None, read: set[int]
+) -> str:
     if parameter.ndim < 2:
         return "1-D norm or bias vector"
     if not _holds_experts(module, parameter) and (name != "weight" or not _kind(module)):
         return f"no quantiser for {type(module).__name__}.{name}"
     if calls is not None and not calls.get(id(parameter)):
-        return "never called by the data"
+        return "read outside of its module" if id(parameter) in read else "never called by the data"
     return ""
 
 
@@ -189,11 +220,10 @@ def _watch_forward(model: Model, batches: Sequence[Batch]) -> dict[str, _Use]:
             used[path] = _Use()
             handles.append(module.register_forward_hook(_watcher(used[path]), with_kwargs=True))
     try:
-        with torch.no_grad():
-            for example in examples:
-                model.logits(example) if model.has_logits else model.loss(example)
-                for use in used.values():
-                    use.close()
+        for example in examples:
+            _run(model, example)
+            for use in used.values():
+                use.close()
     finally:
         for handle in handles:
             handle.remove()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +22,8 @@ STEP = 16
 
 #: (number of the attention layer, 0 for keys and 1 for values) -> format.
 Formats = Mapping[tuple[int, int], KvCache]
+#: (number of the attention layer, 0 for keys and 1 for values, new states) -> what is kept of them.
+Write = Callable[[int, int, Tensor], Tensor]
 
 
 class Place(NamedTuple):
@@ -105,6 +107,18 @@ def cached_logits(module: nn.Module, batch: Mapping[str, Tensor], formats: Forma
     return torch.cat(parts, dim=1)
 
 
+def watched_logits(module: nn.Module, batch: Mapping[str, Tensor], write: Write) -> Tensor:
+    """Logits of a causal language model whose keys and values pass through a function as they are cached.
+
+    Args:
+        module: the model.
+        batch: what the model takes.
+        write: (number of the attention layer, 0 for keys and 1 for values, states) -> what is kept of them.
+    """
+    output: Tensor = module(**batch, use_cache=True, past_key_values=_cache_class()(module, {}, {}, write)).logits
+    return output
+
+
 def _starts(formats: Iterable[KvCache], length: int) -> list[int]:
     """Where steps begin: every `STEP` tokens, and wherever a group of tokens is due to be rounded."""
     starts = set(range(0, length, STEP))
@@ -144,16 +158,24 @@ def _cache_class() -> Any:
     class RoundingCache(DynamicCache):
         """A cache that rounds what it keeps, and notes the shapes it saw."""
 
-        def __init__(self, module: nn.Module, formats: Formats, shapes: dict[int, Any]) -> None:
+        def __init__(
+            self, module: nn.Module, formats: Formats, shapes: dict[int, Any], write: Write | None = None
+        ) -> None:
             super().__init__(config=module.config)  # type: ignore[arg-type]
             self._formats = formats
             self._shapes = shapes
+            self._write = write
             self._rounded: dict[tuple[int, int], int] = {}
 
         def update(
             self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
         ) -> tuple[Tensor, Tensor]:
             self._shapes[layer_idx] = (key_states.shape, value_states.shape)
+            if self._write is not None:
+                key_states, value_states = (
+                    self._write(layer_idx, 0, key_states),
+                    self._write(layer_idx, 1, value_states),
+                )
             before = self.get_seq_length(layer_idx)
             written = [
                 round_states(states, fmt) if fmt is not None and not fmt.stepwise else states

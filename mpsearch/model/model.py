@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mpsearch.errors import InputError
-from mpsearch.layer import DTYPE_BITS, Layer
+from mpsearch.layer import DTYPE_BITS, Layer, whole_name
 from mpsearch.model.checkpoint import check_stored_types, find_folder, folder_digest, read_config, weight_files
 from mpsearch.model.digest import function_digest, module_digest
 from mpsearch.model.kv_cache import Formats, cached_logits
@@ -114,6 +114,10 @@ class Model:
         value: Value = kept[1]
         return value
 
+    def forget(self) -> None:
+        """Drop everything that was remembered to save work."""
+        self._memo.clear()
+
     def logits(self, batch: Batch) -> Tensor:
         """Unnormalised log-probabilities: (sequences, positions, vocabulary), or (samples, classes).
 
@@ -143,10 +147,19 @@ class Model:
         """Mean loss of a batch: nats per predicted token, or whatever the user's loss returns.
 
         Raises:
-            InputError: the model has no loss (E506).
+            InputError: the model has no loss (E506), or its function gives no single number (E514).
         """
         if self._loss is not None:
-            return self._loss(self.module, batch)
+            loss = self._loss(self.module, batch)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise InputError(
+                    "E514",
+                    f"the loss of model '{self.name}' is {given}, not one number",
+                    because="models of Hugging Face give None without labels" if loss is None else "",
+                    advice="give the mean over the batch; batches need labels when the loss does",
+                )
+            return loss
         if self.tokens:
             logits = self.logits(batch)[:, :-1]
             return functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten())
@@ -157,7 +170,10 @@ class Model:
         return int(batch["input_ids"].shape[1]) - 1 if self.tokens else 1
 
     def weight(self, layer_name: str) -> nn.Parameter:
-        """The weight of a layer: that of the module of this name, or, of stacked experts, the parameter itself."""
+        """The weight of a layer: that of the module of this name, or, of stacked experts, the parameter itself.
+
+        Of a part of a layer it is the weight of the whole (`mpsearch.model.cut.part_of` takes the part of it).
+        """
         holder, attribute = self._place(layer_name)
         parameter = getattr(holder, attribute)
         assert isinstance(parameter, nn.Parameter)
@@ -168,6 +184,7 @@ class Model:
         return self._place(layer_name)[0]
 
     def _place(self, layer_name: str) -> tuple[nn.Module, str]:
+        layer_name = whole_name(layer_name)
         path, _, attribute = layer_name.rpartition(".")
         outer = self.module.get_submodule(path)
         if isinstance(getattr(outer, attribute, None), nn.Parameter):

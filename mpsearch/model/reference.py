@@ -51,13 +51,17 @@ class Reference:
         """Log-probabilities of batch ``i``, same shape as the logits, in nats."""
         return self._kept[i] if i < len(self._kept) else self._compute(self._batches[i], i)
 
+    def _which(self, i: int) -> str:
+        # A batch that was handed over alone may be any of many.
+        return f"batch {i}, " if len(self._batches) > 1 else ""
+
     def _compute(self, batch: Batch, i: int) -> Tensor:
         with torch.no_grad():
             logits = self._model.logits(batch)
             if not bool(torch.isfinite(logits).all()):
                 raise InputError(
                     "E510",
-                    f"the original model already gives values that are not finite (batch {i}, first at "
+                    f"the original model already gives values that are not finite ({self._which(i)}first at "
                     f"'{first_not_finite(self._model, batch)}'): nothing can be measured",
                     advice="check the checkpoint and its number type",
                 )

@@ -53,6 +53,9 @@ class ActivationEntropy:
     by: ClassVar[Literal["cell", "batch"]] = "batch"
     covers: ClassVar[Sequence[str]] = ("weights",)
     version: ClassVar[int] = 1
+    streams: ClassVar[Literal["", "forward", "backward"]] = "forward"
+    cost: ClassVar[str] = "1 forward, clustering per layer"
+    needs: ClassVar[Sequence[str]] = ("data",)
 
     def __post_init__(self) -> None:
         for name, least in (("clusters", 2), ("rounds", 1), ("tokens", 2)):
@@ -80,7 +83,8 @@ class ActivationEntropy:
                 return
             kept = rows[torch.linspace(0, count - 1, min(count, self.tokens)).round().long()].float()
             k = min(self.clusters, len(kept))
-            share = cluster_entropy(kept, k, self.rounds) / math.log(k)
+            finite = bool(kept.isfinite().all())
+            share = cluster_entropy(kept, k, self.rounds) / math.log(k) if finite else math.nan
             sums[layer.name] = sums.get(layer.name, 0.0) + share * count
             counts[layer.name] = counts.get(layer.name, 0) + count
 

@@ -46,6 +46,9 @@ class ActivationPca:
     by: ClassVar[Literal["cell", "batch"]] = "batch"
     covers: ClassVar[Sequence[str]] = ("weights",)
     version: ClassVar[int] = 1
+    streams: ClassVar[Literal["", "forward", "backward"]] = "forward"
+    cost: ClassVar[str] = "1 forward, 1 eigendecomposition per layer"
+    needs: ClassVar[Sequence[str]] = ("data",)
 
     def __post_init__(self) -> None:
         if not isinstance(self.top, (int, float)) or not 0 < self.top < 1:
@@ -80,10 +83,12 @@ class ActivationPca:
 
 
 def outside(rows: Tensor, count: int) -> float:
-    """Share of the energy of rows outside of their ``count`` strongest directions; 0 for zeros."""
+    """Share of the energy of rows outside of their ``count`` strongest directions; 0 for zeros, NaN for NaN."""
     wide = rows.double()
     # Both products have the same eigenvalues beside zeros; the smaller one is taken.
     product = wide @ wide.T if len(wide) < wide.shape[1] else wide.T @ wide
+    if not bool(product.isfinite().all()):
+        return float("nan")
     values = torch.linalg.eigvalsh(product).clamp(min=0)
     total = float(values.sum())
     return float(values[: len(values) - count].sum()) / total if total else 0.0

@@ -17,12 +17,11 @@ from mpsearch.layer import Decision, Layer
 from mpsearch.model.activations import Range, round_input
 from mpsearch.model.evidence import Calibration, channel_axis
 from mpsearch.model.model import Model
+from mpsearch.protection import THRESHOLD
 from mpsearch.sensitivity.assemble import Cell, build_table, mean_cell
 from mpsearch.sensitivity.statistics import Inputs, observe, relative_error, runs, sequences_of, spike_ratio
 from mpsearch.tables import SensitivityTable
 
-#: Least ratio that Llama-2-7B's published list of layers to keep has; other models' lists begin at 4 to 78.
-THRESHOLD = 6.68
 #: A massive activation is over this, and over this many times the median size.
 MASSIVE, TIMES = 100.0, 1000.0
 
@@ -105,6 +104,9 @@ class ActivationSpikes:
     by: ClassVar[Literal["cell", "batch"]] = "batch"
     covers: ClassVar[Sequence[str]] = ("weights", "activations")
     version: ClassVar[int] = 1
+    streams: ClassVar[Literal["", "forward", "backward"]] = "forward"
+    cost: ClassVar[str] = "1 forward"
+    needs: ClassVar[Sequence[str]] = ("data",)
 
     def __post_init__(self) -> None:
         if not isinstance(self.outlier, (int, float)) or not 0 < self.outlier < math.inf:

@@ -15,6 +15,7 @@ from mpsearch.errors import InputError
 from mpsearch.format import Format
 from mpsearch.layer import Decision, Layer, decisions
 from mpsearch.model.apply import quantized_weight
+from mpsearch.model.cut import part_of, put
 from mpsearch.model.digest import digest_of
 from mpsearch.model.model import Model
 from mpsearch.spread import mean_and_error
@@ -88,7 +89,8 @@ def batch_seed(seed: int, batch: Any) -> int:
 class Deltas:
     """Quantisation errors Q(W) - W, kept while they fit.
 
-    Memory: one float32 copy of the weights per format, or `KEEP_BYTES`, whichever is less.
+    Memory: one float32 copy of the weights per format, or `KEEP_BYTES`, whichever is less. Of a part of a layer only
+    the part is kept.
     """
 
     def __init__(self, model: Model, keep_bytes: int = KEEP_BYTES) -> None:
@@ -99,15 +101,25 @@ class Deltas:
     @classmethod
     def of(cls, model: Model) -> Deltas:
         """Return the errors of this model, shared between the estimators that use them."""
-        return model.memo("deltas", model, lambda: cls(model))
+        return model.memo("deltas", model, lambda: cls(model, getattr(model, "keep_bytes", KEEP_BYTES)))
 
     def __call__(self, layer: Layer, fmt: Format) -> Tensor:
-        """Q(W) - W of a layer in a format: float32, the weight's shape; NaN where the format cannot hold the weight."""
+        """Q(W) - W of a layer in a format: float32, the weight's shape; NaN where the format cannot hold the weight.
+
+        Of a part of a layer: in the shape of the whole weight, zero outside of the part.
+        """
+        delta = self.own(layer, fmt)
+        if not layer.is_part:
+            return delta
+        return put({layer: delta}, torch.zeros_like(self._model.weight(layer.name).detach()))
+
+    def own(self, layer: Layer, fmt: Format) -> Tensor:
+        """As a call, but of a part of a layer only the part: (rows, columns)."""
         fmt = fmt.weight
         known = self._kept.get((layer.name, fmt))
         if known is not None:
             return known
-        weight = self._model.weight(layer.name).detach()
+        weight = part_of(self._model.weight(layer.name).detach(), layer)
         try:
             delta = quantized_weight(self._model, layer, fmt) - weight
         except InputError as error:

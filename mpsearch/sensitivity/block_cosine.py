@@ -42,6 +42,9 @@ class BlockCosine:
     by: ClassVar[Literal["cell", "batch"]] = "batch"
     covers: ClassVar[Sequence[str]] = ("weights",)
     version: ClassVar[int] = 1
+    streams: ClassVar[Literal["", "forward", "backward"]] = "forward"
+    cost: ClassVar[str] = "1 forward"
+    needs: ClassVar[Sequence[str]] = ("data",)
 
     def refuses(self, model: Model) -> str:
         return runs(model)

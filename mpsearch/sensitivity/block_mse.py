@@ -53,7 +53,11 @@ class BlockMse:
     relative: bool = True
     by: ClassVar[Literal["cell", "batch"]] = "batch"
     covers: ClassVar[Sequence[str]] = ("weights", "activations")
+    parts: ClassVar[bool] = True
     version: ClassVar[int] = 1
+    streams: ClassVar[Literal["", "forward", "backward"]] = "forward"
+    cost: ClassVar[str] = "1 forward of a block per cell"
+    needs: ClassVar[Sequence[str]] = ("data", "logits")
 
     def __post_init__(self) -> None:
         if not isinstance(self.relative, bool):
@@ -132,9 +136,11 @@ class _Blocks:
         self._batch = batch
         self._samples = batch_size(batch)
         order, _ = _clock(model, batch)
-        blocks = _blocks_in_order(model.module, order)
+        # A piece of a model knows its block; its list of blocks is not all there.
+        own: Sequence[nn.Module] | None = getattr(model, "blocks", None)
+        blocks = _blocks_in_order(model.module, order) if own is None else own
         self._block_of = {part: block for block in blocks for part in block.modules()}
-        self._whole = not blocks
+        self._whole = not blocks and own is None
         self._units: dict[nn.Module | None, _Unit] = {}
         holders = {
             model.holder(name) for x in layers if x.kind != "kv_cache" for name in (x.name, *x.shared)

@@ -55,7 +55,7 @@ class Turn:
         self.before += float(before.sum())
         self.after += float(after.sum())
         norms = (before * after).sqrt()
-        self.cosines += float(torch.where(norms > 0, dots / norms.clamp(min=1e-300), torch.zeros_like(dots)).sum())
+        self.cosines += float(torch.where(norms == 0, torch.zeros_like(dots), dots / norms.clamp(min=1e-300)).sum())
         self.tokens += len(rows)
 
     @property

@@ -17,6 +17,7 @@ from mpsearch.model.model import Model
 from mpsearch.model.reference import Reference, divergence
 from mpsearch.model.replay import Replay
 from mpsearch.sensitivity.assemble import Cell, build_table, mean_cell, offered
+from mpsearch.sensitivity.harm import called
 from mpsearch.tables import SensitivityTable
 
 
@@ -25,6 +26,8 @@ class Divergence:
     """KL divergence of the outputs with one decision quantised: the yardstick.
 
     score = mean over positions of KL(p_original || p_quantised), in nats per token.
+
+    A layer that no batch reaches is not observed; it is not harmless.
 
     Exact for one decision alone; adding the scores up assumes that errors do not interact. Standard error:
     over the samples (sequences). Cost: one forward pass per decision and format, of which what comes before
@@ -44,7 +47,10 @@ class Divergence:
     reuse: bool = True
     by: ClassVar[Literal["cell", "batch"]] = "cell"
     covers: ClassVar[Sequence[str]] = ("weights", "activations", "caches")
+    parts: ClassVar[bool] = True
     version: ClassVar[int] = 1
+    cost: ClassVar[str] = "1 forward per cell, from the layer on"
+    needs: ClassVar[Sequence[str]] = ("data", "logits")
 
     def refuses(self, model: Model) -> str:
         return "" if model.has_logits else "it needs logits; wrap the module: mp.wrap(module, logits=…)"
@@ -63,11 +69,12 @@ class Divergence:
                 if offered(decision, fmt):
                     values = self._values(model, batches, reference, replay, decision, fmt)
                     samples = max(samples, len(values))
-                    found[decision.name, str(fmt)] = mean_cell(values)
+                    if any(values) or _called(model, batches, decision):
+                        found[decision.name, str(fmt)] = mean_cell(values)
         return build_table(
             layers,
             formats,
-            lambda decision, fmt: found[decision.name, str(fmt)],
+            lambda decision, fmt: found.get((decision.name, str(fmt)), Cell(status="not_observed")),
             unit="nats/token",
             samples=samples,
             source={"estimator": "divergence"},
@@ -97,3 +104,12 @@ class Divergence:
                 logits = model.logits(batch) if replay is None or full else replay.logits(i)
             values.extend(divergence(log_p, logits).kl.tolist())
         return values
+
+
+def _called(model: Model, batches: Sequence[Any], decision: Decision) -> bool:
+    """Whether the data reaches every layer of a decision: to a layer without tokens no change does anything."""
+    known: dict[str, bool] = model.memo("called", batches, dict)
+    if decision.name not in known:
+        reached = set[str]().union(*(called(model, batch, decision.layers) for batch in batches))
+        known[decision.name] = all(layer.name in reached for layer in decision.layers)
+    return known[decision.name]

@@ -52,6 +52,9 @@ class ExpertUsage:
     by: ClassVar[Literal["cell", "batch"]] = "cell"
     covers: ClassVar[Sequence[str]] = ("weights",)
     version: ClassVar[int] = 1
+    streams: ClassVar[Literal["", "forward", "backward"]] = "forward"
+    cost: ClassVar[str] = "1 forward"
+    needs: ClassVar[Sequence[str]] = ("data",)
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str) or not self.pattern:

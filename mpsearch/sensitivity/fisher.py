@@ -15,7 +15,11 @@ from mpsearch.errors import InputError
 from mpsearch.format import Format
 from mpsearch.layer import Decision, Layer
 from mpsearch.model.model import Model, samples_of
+from mpsearch.parts import wholes
+from mpsearch.sensitivity.activation_curvature import ReadErrors, Reads, rounds
 from mpsearch.sensitivity.assemble import Cell, Deltas, batch_seed, build_table, mean_cell, offered
+from mpsearch.sensitivity.derivatives import cut
+from mpsearch.sensitivity.harm import called
 from mpsearch.tables import SensitivityTable
 
 
@@ -31,9 +35,16 @@ class Fisher:
     labels: the empirical Fisher, which is another matrix (it is not the Hessian unless the model is perfect).
     Per sample means per sequence: the cross terms between tokens vanish only in the mean over drawn labels.
 
-    Bias: drops all off-diagonal terms. Standard error: over samples. Cost: one forward and backward pass of a
-    single sample each; memory of one gradient, plus the kept quantisation errors (`Deltas`).
-    Sources: Kunstner et al. 2019 for true against empirical; SqueezeLLM and LQ-LoRA for the weighting.
+    A format that rounds a layer's input (``W@A``) adds 1/2 sum_i F_ii (Q(x_i) - x_i)^2, with g the gradient in that
+    input x, of which fused layers share one; a format of a KV cache has this term alone, with x the keys (after the
+    rotary embedding) or values as they are cached. Formats that round tokens as they grow old are refused.
+
+    Bias: drops all off-diagonal terms, also those between a weight and its input. Standard error: over samples.
+    Cost: one forward and backward pass of a single sample each and one forward pass per batch; memory of one gradient,
+    plus the kept quantisation errors (`Deltas`), plus the inputs that are rounded and their gradients of one sample
+    (of the batch where scales reach over tokens).
+    Sources: Kunstner et al. 2019 for true against empirical; SqueezeLLM and LQ-LoRA for the weighting; KVQuant
+    (Hooper et al. 2024) for squared gradients of keys and values, there before the rotary embedding.
 
     Attributes:
         labels: ``model`` (true Fisher) or ``data`` (empirical Fisher).
@@ -52,8 +63,12 @@ class Fisher:
     draws: int = 1
     seed: int = 0
     by: ClassVar[Literal["cell", "batch"]] = "batch"
-    covers: ClassVar[Sequence[str]] = ("weights",)
+    covers: ClassVar[Sequence[str]] = ("weights", "activations", "caches")
+    parts: ClassVar[bool] = True
     version: ClassVar[int] = 1
+    streams: ClassVar[Literal["", "forward", "backward"]] = "backward"
+    cost: ClassVar[str] = "1 forward and backward per sample"
+    needs: ClassVar[Sequence[str]] = ("data", "logits")
 
     def __post_init__(self) -> None:
         if self.labels not in ("model", "data"):
@@ -75,51 +90,98 @@ class Fisher:
 
     def _one(self, model: Model, batch: Any, layers: Sequence[Layer], formats: Sequence[Format]) -> SensitivityTable:
         deltas = Deltas.of(model)
+        weights = [layer for layer in layers if layer.kind != "kv_cache"]
+        whole = wholes(weights)
+        reads = Reads(model, layers, formats)
+        if reads.caches and self.labels == "data" and model._loss is not None:
+            raise InputError(
+                "E506",
+                "fisher: labels='data' takes the loss that was given, which knows nothing of KV caches",
+                advice="labels='model'",
+            )
+        errors = ReadErrors(model, batch, layers, formats, lambda: self._run(model, reads, batch))
         generator = torch.Generator().manual_seed(batch_seed(self.seed, batch))
         values: dict[tuple[str, Format], list[float]] = {}
         unused: set[str] = set()
+        seen = called(model, batch, layers)
+        moved: list[dict[tuple[str, Format], float]] = []
         for sample in samples_of(batch):
-            squares = self._squared_gradients(model, sample, layers, generator)
-            for layer, square in zip(layers, squares, strict=True):
-                if square is None:
+            squares, read_squares = self._squared_gradients(model, sample, whole, reads, generator)
+            by_name = {layer.name: square for layer, square in zip(whole, squares, strict=True)}
+            for layer, square in zip(weights, cut(weights, by_name), strict=True):
+                # An expert can be called without tokens: nothing is known of it, though its gradient is 0.
+                if square is None or (layer.name not in seen and not bool(square.any())):
                     unused.add(layer.name)
                     continue
                 for fmt in formats:
                     if not fmt.refuses(layer):
-                        weighted = 0.5 * float((square * deltas(layer, fmt).square()).sum(dtype=torch.float64))
+                        weighted = 0.5 * float((square * deltas.own(layer, fmt).square()).sum(dtype=torch.float64))
                         values.setdefault((layer.name, fmt), []).append(weighted)
+            moved.append(_moved(reads, errors, read_squares, formats))
 
         def cell(decision: Decision, fmt: Format) -> Cell:
             if any(layer.name in unused for layer in decision.layers):
                 return Cell(status="not_observed")
             assert offered(decision, fmt)
-            sums = [math.fsum(parts) for parts in zip(*(values[x.name, fmt] for x in decision.layers), strict=True)]
-            return mean_cell(sums)
+            parts = [values[x.name, fmt] for x in decision.layers if x.kind != "kv_cache"]
+            parts.append([sample.get((decision.name, fmt), 0.0) for sample in moved])
+            return mean_cell([math.fsum(sample) for sample in zip(*parts, strict=True)])
 
-        samples = max((len(v) for v in values.values()), default=0)
-        return build_table(layers, formats, cell, unit="nats/token", samples=samples, source={"estimator": "fisher"})
+        return build_table(layers, formats, cell, unit="nats/token", samples=len(moved), source={"estimator": "fisher"})
+
+    def _run(self, model: Model, reads: Reads, sample: Any) -> Tensor:
+        """Logits of a sample, (predictions, classes); its summed loss for the labels of the data."""
+        if self.labels == "model":
+            return reads.logits(sample).flatten(0, -2)
+        if reads.caches:
+            logits = reads.logits(sample)[:, :-1].flatten(0, 1)
+            return functional.cross_entropy(logits, sample["input_ids"][:, 1:].flatten(), reduction="sum")
+        return model.loss(sample) * model.predictions(sample)
 
     def _squared_gradients(
-        self, model: Model, sample: Any, layers: Sequence[Layer], generator: torch.Generator
-    ) -> list[Tensor | None]:
-        """Mean over draws of g^2 / T for one sample, one tensor per layer."""
-        parameters = [model.weight(layer.name) for layer in layers]
+        self, model: Model, sample: Any, layers: Sequence[Layer], reads: Reads, generator: torch.Generator
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Mean over draws of g^2 / T for one sample: one tensor per layer, and one per tensor that was read."""
+        with reads.recording() as zeros:
+            output = self._run(model, reads, sample)
+        asked = [*(model.weight(layer.name) for layer in layers), *zeros]
+        totals: list[Tensor | None] = [None] * len(asked)
         if self.labels == "data":
+            gradients = torch.autograd.grad(output, asked, allow_unused=True)
             count = model.predictions(sample)
-            gradients = torch.autograd.grad(model.loss(sample) * count, parameters, allow_unused=True)
-            return [None if g is None else g.square_().div_(count) for g in gradients]
-        logits = model.logits(sample).flatten(0, -2)
+            totals = [None if g is None else g.square_().div_(count) for g in gradients]
+            return totals[: len(layers)], totals[len(layers) :]
         with torch.no_grad():
-            probabilities = torch.softmax(logits, dim=-1)
-        totals: list[Tensor | None] = [None] * len(parameters)
+            probabilities = torch.softmax(output, dim=-1)
+        if not bool(probabilities.isfinite().all()):
+            # Nothing can be drawn; the cells become `non_finite`.
+            totals = [torch.full_like(tensor, torch.nan) for tensor in asked]
+            return totals[: len(layers)], totals[len(layers) :]
         for draw in range(self.draws):
             drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-            nll = functional.cross_entropy(logits, drawn, reduction="sum")
+            nll = functional.cross_entropy(output, drawn, reduction="sum")
             more = draw + 1 < self.draws
-            gradients = torch.autograd.grad(nll, parameters, allow_unused=True, retain_graph=more)
+            gradients = torch.autograd.grad(nll, asked, allow_unused=True, retain_graph=more)
             for i, g in enumerate(gradients):
                 if g is not None:
-                    square = g.square_().div_(len(logits) * self.draws)
+                    square = g.square_().div_(len(output) * self.draws)
                     total = totals[i]
                     totals[i] = square if total is None else total.add_(square)
-        return totals
+        return totals[: len(layers)], totals[len(layers) :]
+
+
+def _moved(
+    reads: Reads, errors: ReadErrors, squares: Sequence[Tensor | None], formats: Sequence[Format]
+) -> dict[tuple[str, Format], float]:
+    """1/2 sum_i F_ii (Q(x_i) - x_i)^2 of one sample, by decision and format."""
+    found: dict[tuple[str, Format], float] = {}
+    for read, square in zip(reads.found, squares, strict=True):
+        known: dict[Format, float] = {}
+        for fmt in formats:
+            if square is None or not rounds(fmt, read.layer):
+                continue
+            how = fmt.activation or fmt
+            if how not in known:
+                known[how] = 0.5 * float((square * errors.squares(read, fmt)).sum(dtype=torch.float64))
+            found[read.decision, fmt] = found.get((read.decision, fmt), 0.0) + known[how]
+    return found

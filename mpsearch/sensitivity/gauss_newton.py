@@ -14,12 +14,21 @@ from mpsearch.format import Format
 from mpsearch.layer import Decision, Layer, decisions
 from mpsearch.model.apply import swapped
 from mpsearch.model.model import Model
+from mpsearch.parts import wholes
 from mpsearch.sensitivity.assemble import Cell, Deltas, build_table, mean_cell, offered
-from mpsearch.sensitivity.derivatives import Product, calls, check_product, math_attention, step_length
+from mpsearch.sensitivity.derivatives import (
+    Product,
+    calls,
+    check_product,
+    cut,
+    math_attention,
+    own_weight,
+    step_length,
+)
 from mpsearch.tables import SensitivityTable
 
 #: Layers and their directions -> change of the logits; None where it does not depend on all of them.
-_Pushed = Callable[[Sequence[Layer], Sequence[Tensor]], Tensor | None]
+Pushed = Callable[[Sequence[Layer], Sequence[Tensor]], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,10 @@ class GaussNewton:
     step: float = 0.003
     by: ClassVar[Literal["cell", "batch"]] = "batch"
     covers: ClassVar[Sequence[str]] = ("weights",)
+    parts: ClassVar[bool] = True
     version: ClassVar[int] = 1
+    cost: ClassVar[str] = "1 differentiation per cell"
+    needs: ClassVar[Sequence[str]] = ("data", "logits")
 
     def __post_init__(self) -> None:
         check_product("gauss_newton", self.product, self.step)
@@ -69,15 +81,14 @@ class GaussNewton:
 
     def _one(self, model: Model, batch: Any, layers: Sequence[Layer], formats: Sequence[Format]) -> SensitivityTable:
         deltas = Deltas.of(model)
-        make = _by_double_backward if self.product == "double_backward" else self._by_difference
-        logits, pushed = make(model, batch, layers)
+        logits, pushed = self.pushes(model, batch, layers)
         p = torch.softmax(logits, dim=-1)
         found: dict[tuple[str, Format], list[float] | None] = {}
         for decision in decisions(layers):
             for fmt in formats:
                 if not offered(decision, fmt):
                     continue
-                errors = [deltas(layer, fmt) for layer in decision.layers]
+                errors = [deltas.own(layer, fmt) for layer in decision.layers]
                 if not all(bool(d.isfinite().all()) for d in errors):
                     found[decision.name, fmt] = [math.nan]
                     continue
@@ -92,7 +103,12 @@ class GaussNewton:
             layers, formats, cell, unit="nats/token", samples=len(p), source={"estimator": "gauss_newton"}
         )
 
-    def _by_difference(self, model: Model, batch: Any, layers: Sequence[Layer]) -> tuple[Tensor, _Pushed]:
+    def pushes(self, model: Model, batch: Any, layers: Sequence[Layer]) -> tuple[Tensor, Pushed]:
+        """Logits of a batch, and the function that gives their change J d along directions of some layers."""
+        make = _by_double_backward if self.product == "double_backward" else self._by_difference
+        return make(model, batch, layers)
+
+    def _by_difference(self, model: Model, batch: Any, layers: Sequence[Layer]) -> tuple[Tensor, Pushed]:
         with torch.no_grad(), calls(model, layers) as seen:
             logits = model.logits(batch)
 
@@ -100,32 +116,34 @@ class GaussNewton:
             h = step_length(model, chosen, directions, self.step)
             ends = []
             for sign in (h, -h):
-                moved = {x: model.weight(x.name).detach() + sign * d for x, d in zip(chosen, directions, strict=True)}
+                moved = {x: own_weight(model, x) + sign * d for x, d in zip(chosen, directions, strict=True)}
                 with torch.no_grad(), swapped(model, moved):
                     ends.append(model.logits(batch))
             change = (ends[0] - ends[1]) / (2 * h) if h else torch.zeros_like(logits)
-            reached = all(seen.get(x.name, False) for x in chosen)
+            reached = all(seen.get(x.owner, False) for x in chosen)
             return change if reached or bool(change.any()) else None
 
         return logits, pushed
 
 
-def _by_double_backward(model: Model, batch: Any, layers: Sequence[Layer]) -> tuple[Tensor, _Pushed]:
+def _by_double_backward(model: Model, batch: Any, layers: Sequence[Layer]) -> tuple[Tensor, Pushed]:
     with math_attention(), calls(model, layers) as seen:
         logits = model.logits(batch)
-    weights = [model.weight(layer.name) for layer in layers]
+    whole = wholes(layers)
+    weights = [model.weight(layer.name) for layer in whole]
     # J^T u is linear in u, so its derivative is the same at any u.
     u = torch.zeros_like(logits, requires_grad=True)
     back = torch.autograd.grad(logits, weights, u, create_graph=True, allow_unused=True)
-    rows = {x.name: g for x, g in zip(layers, back, strict=True) if g is not None and seen.get(x.name, True)}
+    found = {x.name: g for x, g in zip(whole, back, strict=True) if seen.get(x.name, True)}
+    rows = {x.name: g for x, g in zip(layers, cut(layers, found), strict=True) if g is not None}
 
     def pushed(chosen: Sequence[Layer], directions: Sequence[Tensor]) -> Tensor | None:
         if any(layer.name not in rows for layer in chosen):
             return None
-        found = torch.autograd.grad(
+        (change,) = torch.autograd.grad(
             [rows[layer.name] for layer in chosen], [u], list(directions), retain_graph=True, materialize_grads=True
         )
-        return found[0]
+        return change
 
     return logits.detach(), pushed
 

@@ -52,7 +52,11 @@ class GradLossChange:
     diagonal: bool = False
     by: ClassVar[Literal["cell", "batch"]] = "batch"
     covers: ClassVar[Sequence[str]] = ("weights",)
+    parts: ClassVar[bool] = True
     version: ClassVar[int] = 1
+    streams: ClassVar[Literal["", "forward", "backward"]] = "backward"
+    cost: ClassVar[str] = "1 forward and backward per sample"
+    needs: ClassVar[Sequence[str]] = ("data", "loss")
 
     def __post_init__(self) -> None:
         check_switches("grad_loss_change", first_order=self.first_order, diagonal=self.diagonal)
@@ -78,7 +82,7 @@ class GradLossChange:
                 for fmt in formats:
                     if (layer.name, fmt) in values:
                         # A sample that never meets the layer does not change with it.
-                        rows = None if g is None else self.rows(layer, g, deltas(layer, fmt))
+                        rows = None if g is None else self.rows(layer, g, deltas.own(layer, fmt))
                         values[layer.name, fmt].append(0.0 if rows is None else float(rows.sum()))
 
         def cell(decision: Decision, fmt: Format) -> Cell:

@@ -15,7 +15,7 @@ from mpsearch.layer import Decision, Layer
 from mpsearch.model.apply import swapped
 from mpsearch.model.model import Model, samples_of
 from mpsearch.sensitivity.assemble import Cell, Deltas, build_table, mean_cell
-from mpsearch.sensitivity.derivatives import gradients
+from mpsearch.sensitivity.derivatives import gradients, own_weight
 from mpsearch.tables import SensitivityTable
 
 
@@ -51,11 +51,19 @@ class GradTimesWeight:
     at: Literal["original", "quantized"] = "original"
     by: ClassVar[Literal["cell", "batch"]] = "batch"
     covers: ClassVar[Sequence[str]] = ("weights",)
+    parts: ClassVar[bool] = True
     version: ClassVar[int] = 1
+    cost: ClassVar[str] = "1 forward and backward per sample"
+    needs: ClassVar[Sequence[str]] = ("data", "loss")
 
     def __post_init__(self) -> None:
         if self.at not in ("original", "quantized"):
             raise InputError("E113", f"grad_x_weight: at is {self.at!r}; give 'original' or 'quantized'")
+
+    @property
+    def streams(self) -> Literal["", "backward"]:
+        """A gradient at rounded weights needs all of them at once."""
+        return "backward" if self.at == "original" else ""
 
     def refuses(self, model: Model) -> str:
         return "" if model.has_loss else "it needs a loss; wrap the module: mp.wrap(module, loss=…)"
@@ -83,7 +91,7 @@ class GradTimesWeight:
                         if g is not None:
                             reached.add((layer.name, fmt))
                         # A sample that never meets the layer does not change with it.
-                        change = 0.0 if g is None else float((g.double() * deltas(layer, fmt).double()).abs().sum())
+                        change = 0.0 if g is None else float((g.double() * deltas.own(layer, fmt).double()).abs().sum())
                         values[layer.name, fmt].append(change)
 
         def cell(decision: Decision, fmt: Format) -> Cell:
@@ -100,5 +108,5 @@ class GradTimesWeight:
 def _rounded(model: Model, layers: Sequence[Layer], fmt: Format) -> Mapping[Layer, Tensor]:
     """The weights of all layers that a format can hold, rounded to it."""
     deltas = Deltas.of(model)
-    errors = {layer: deltas(layer, fmt) for layer in layers if not fmt.refuses(layer)}
-    return {x: model.weight(x.name).detach() + d for x, d in errors.items() if bool(d.isfinite().all())}
+    errors = {layer: deltas.own(layer, fmt) for layer in layers if not fmt.refuses(layer)}
+    return {x: own_weight(model, x) + d for x, d in errors.items() if bool(d.isfinite().all())}

@@ -42,7 +42,9 @@ class GroupRange:
     by: ClassVar[Literal["cell", "batch"]] = "cell"
     covers: ClassVar[Sequence[str]] = ("weights",)
     version: ClassVar[int] = 1
-    needs_data: ClassVar[bool] = False
+    streams: ClassVar[Literal["", "forward", "backward"]] = "forward"
+    cost: ClassVar[str] = "weights only"
+    needs: ClassVar[Sequence[str]] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.group, int) or self.group < 2:

@@ -12,6 +12,7 @@ from mpsearch.format import Format
 from mpsearch.formats.activation import Activation
 from mpsearch.layer import Layer
 from mpsearch.model.apply import Change, changed
+from mpsearch.model.cut import part_of
 from mpsearch.model.evidence import Calibration
 from mpsearch.model.model import Model, samples_of
 from mpsearch.model.reference import Reference, divergence
@@ -110,7 +111,7 @@ def change_to(model: Model, formats: Mapping[Layer, Format]) -> Change:
     for layer, fmt in formats.items():
         if layer in caches:
             continue
-        weights[layer] = model.weight(layer.name).detach() + deltas(layer, fmt)
+        weights[layer] = part_of(model.weight(layer.name).detach(), layer) + deltas.own(layer, fmt)
         activation = fmt.activation
         if isinstance(activation, Activation):
             seen = Calibration.of(model).input_range(layer, activation) if activation.static else None

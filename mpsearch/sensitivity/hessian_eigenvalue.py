@@ -15,7 +15,7 @@ from mpsearch.format import Format
 from mpsearch.layer import Decision, Layer
 from mpsearch.model.model import Model
 from mpsearch.sensitivity.assemble import Cell, Deltas, batch_seed, build_table
-from mpsearch.sensitivity.derivatives import Curvature, Product, check_product, check_switches
+from mpsearch.sensitivity.derivatives import Curvature, Product, check_product, check_switches, own_weight
 from mpsearch.tables import SensitivityTable
 
 
@@ -58,13 +58,16 @@ class HessianEigenvalue:
 
     bound: bool = False
     max_iterations: int = 100
-    tolerance: float = 1e-3
+    tolerance: float = 1e-2
     product: Product = "double_backward"
     step: float = 1e-4
     seed: int = 0
     by: ClassVar[Literal["cell", "batch"]] = "batch"
     covers: ClassVar[Sequence[str]] = ("weights",)
+    parts: ClassVar[bool] = True
     version: ClassVar[int] = 1
+    cost: ClassVar[str] = "about 10 second differentiations per layer"
+    needs: ClassVar[Sequence[str]] = ("data", "loss")
 
     def __post_init__(self) -> None:
         check_product("hessian_eigenvalue", self.product, self.step)
@@ -94,7 +97,7 @@ class HessianEigenvalue:
                 value = values[layer.name]
                 if value is None:
                     return Cell(status="not_observed")
-                error = float(deltas(layer, fmt).double().square().sum())
+                error = float(deltas.own(layer, fmt).double().square().sum())
                 total += 0.5 * value * error / (1 if self.bound else layer.weights)
             return Cell(total)
 
@@ -110,7 +113,7 @@ class HessianEigenvalue:
             if curvature.gradients[i] is None:
                 found.append(None)
                 continue
-            weight = model.weight(layer.name)
+            weight = own_weight(model, layer)
             generator = torch.Generator().manual_seed(batch_seed(self.seed, layer.name))
             start = torch.randn(weight.shape, generator=generator).to(weight.device)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -15,8 +15,10 @@ from mpsearch.format import Format
 from mpsearch.layer import Decision, Layer
 from mpsearch.model.apply import swapped
 from mpsearch.model.model import Model
+from mpsearch.parts import wholes
 from mpsearch.sensitivity.assemble import Cell, Deltas, batch_seed, build_table, mean_cell
-from mpsearch.sensitivity.derivatives import Curvature, math_attention
+from mpsearch.sensitivity.derivatives import Curvature, cut, gradients, math_attention, own_weight
+from mpsearch.sensitivity.input_trace import InputTrace
 from mpsearch.sensitivity.low_rank_trace import exact_trace, hutch_plus_plus, xtrace
 from mpsearch.tables import SensitivityTable
 
@@ -56,6 +58,14 @@ class HessianTrace:
     gain where the curvature lies in few directions, hold ``probes`` copies of the layer in turn, and take a hundredth
     of ``step``, not halved, for finite differences along the sharpest directions.
 
+    Of parts of layers, tr(H_l) and n_l are those of the part: v^T H v without the entries of v outside of it, from the
+    same products as the whole layer's, so that the traces of all parts add up to the layer's. (The scores do not: each
+    part is weighed by its own mean curvature.) The low-rank methods take products of their own for every part.
+
+    A format that rounds a layer's input (``W@A``) adds 1/2 tr(H_x) / n_x ||Q(x) - x||^2, with H_x the Hessian of one
+    sample's mean loss in all that the layer reads in that sample, averaged over samples (`InputTrace`). ``probes`` of
+    these are taken per batch, by Hutchinson's method whatever ``method`` says; ``tolerance`` is that of weights alone.
+
     Sources: Dong et al. 2020 (HAWQ-V2); Hutchinson 1990; Meyer et al. 2021; Epperly et al. 2024. Cost: one forward and
     backward pass per batch, then per joint probe about one (finite difference) or three (double backward, through
     attention that can be differentiated twice).
@@ -87,8 +97,11 @@ class HessianTrace:
     seed: int = 0
     method: Literal["hutchinson", "hutch++", "xtrace"] = "hutchinson"
     by: ClassVar[Literal["cell", "batch"]] = "batch"
-    covers: ClassVar[Sequence[str]] = ("weights",)
+    covers: ClassVar[Sequence[str]] = ("weights", "activations")
+    parts: ClassVar[bool] = True
     version: ClassVar[int] = 1
+    cost: ClassVar[str] = "1 + 8 to 16 times forward and backward"
+    needs: ClassVar[Sequence[str]] = ("data", "loss")
 
     def __post_init__(self) -> None:
         for name in ("probes", "least_probes"):
@@ -137,11 +150,13 @@ class HessianTrace:
 
     def _one(self, model: Model, batch: Any, layers: Sequence[Layer], formats: Sequence[Format]) -> SensitivityTable:
         traces = self.traces(model, batch, layers)
+        inputs = InputTrace(self.probes, self.probing, self.product, self.step, self.seed)
+        terms = inputs.terms(model, batch, layers, formats)
         count = len(traces)
         column = {layer.name: i for i, layer in enumerate(layers)}
         deltas = Deltas.of(model)
         errors = {
-            (layer.name, fmt): float(deltas(layer, fmt).square().sum(dtype=torch.float64))
+            (layer.name, fmt): float(deltas.own(layer, fmt).square().sum(dtype=torch.float64))
             for layer in layers
             for fmt in formats
             if not fmt.refuses(layer)
@@ -154,7 +169,11 @@ class HessianTrace:
                 math.fsum(0.5 * probe[column[x.name]] / x.weights * errors[x.name, fmt] for x in decision.layers)
                 for probe in traces
             ]
-            return mean_cell(per_probe)
+            found, term = mean_cell(per_probe), terms.get((decision.name, fmt))
+            if term is None:
+                return found
+            # The probes of weights and of inputs are drawn apart.
+            return Cell(found.value + term.value, math.hypot(found.spread, term.spread), found.status)
 
         return build_table(
             layers, formats, cell, unit="nats/token", samples=count, source={"estimator": "hessian_trace"}
@@ -184,7 +203,7 @@ class HessianTrace:
         count = self.probes // _SHARES[self.method]
         columns: list[list[float]] = []
         for i, layer in enumerate(layers):
-            weight = model.weight(layer.name).detach()
+            weight = own_weight(model, layer)
 
             def times(vector: Tensor, i: int = i, weight: Tensor = weight) -> Tensor:
                 product: Tensor = curvature.times({i: vector.reshape(weight.shape)})[i].flatten()
@@ -195,8 +214,11 @@ class HessianTrace:
                     weight.device
                 )
 
-            if curvature.gradients[i] is None:
+            gradient = curvature.gradients[i]
+            if gradient is None:
                 columns.append([math.nan] * count)
+            elif not bool(gradient.isfinite().all()):
+                columns.append([math.inf] * count)
             elif weight.numel() <= self.probes:
                 columns.append([exact_trace(times, weight.flatten())] * count)
             elif self.method == "xtrace":
@@ -207,7 +229,9 @@ class HessianTrace:
 
     def _settled(self, found: list[list[float]]) -> bool:
         values = torch.tensor(found, dtype=torch.float64)
-        values = values[:, ~values[0].isnan()]
+        values = values[:, values.isfinite().all(dim=0)]
+        if not values.numel():
+            return True
         mean = values.mean(dim=0).abs()
         error = values.std(dim=0) / math.sqrt(len(found))
         return bool((error <= self.tolerance * torch.maximum(mean, mean.mean())).all())
@@ -215,28 +239,30 @@ class HessianTrace:
     def _estimates(
         self, model: Model, batch: Any, layers: Sequence[Layer], generator: torch.Generator
     ) -> Iterator[list[float]]:
-        weights = [model.weight(layer.name) for layer in layers]
         if self.product == "finite_difference":
             yield from self._by_difference(model, batch, layers, generator)
             return
+        whole = wholes(layers)
+        weights = [model.weight(layer.name) for layer in whole]
         with math_attention():
-            loss = model.loss(batch)
-            gradients = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
-            used = [i for i, g in enumerate(gradients) if g is not None]
+            first = gradients(model, batch, whole, create_graph=True)
+            known = {i: g for i, g in enumerate(first) if g is not None}
+            used = [i for i, g in known.items() if bool(g.isfinite().all())]
+            # Together with others they would spoil those as well.
+            spoilt = {whole[i].name: torch.full_like(g.detach(), torch.inf) for i, g in known.items() if i not in used}
             while True:
                 signs = [random_signs(weight, generator) for weight in weights]
-                found = [math.nan] * len(layers)
+                found: dict[str, Tensor] = dict(spoilt)
                 for group in self._groups(used):
                     products = torch.autograd.grad(
-                        [gradients[i] for i in group],
+                        [known[i] for i in group],
                         [weights[i] for i in group],
                         [signs[i] for i in group],
                         retain_graph=True,
                         materialize_grads=True,
                     )
-                    for i, product in zip(group, products, strict=True):
-                        found[i] = float((product * signs[i]).sum(dtype=torch.float64))
-                yield found
+                    found |= {whole[i].name: product * signs[i] for i, product in zip(group, products, strict=True)}
+                yield _sums(layers, found)
 
     def _groups(self, used: list[int]) -> list[list[int]]:
         """Which layers share a product."""
@@ -245,30 +271,35 @@ class HessianTrace:
     def _by_difference(
         self, model: Model, batch: Any, layers: Sequence[Layer], generator: torch.Generator
     ) -> Iterator[list[float]]:
-        weights = [model.weight(layer.name) for layer in layers]
-        start = torch.autograd.grad(model.loss(batch), weights, allow_unused=True)
+        whole = wholes(layers)
+        weights = [model.weight(layer.name) for layer in whole]
+        start = {i: g for i, g in enumerate(gradients(model, batch, whole)) if g is not None}
         squares = sum(float(weight.detach().square().sum(dtype=torch.float64)) for weight in weights)
         step = self.step * math.sqrt(squares / sum(weight.numel() for weight in weights))
 
-        def estimate(signs: list[Tensor], h: float) -> list[float]:
-            found = [math.nan] * len(layers)
-            for group in self._groups([i for i, g in enumerate(start) if g is not None]):
-                with swapped(model, {layers[i]: weights[i].detach() + h * signs[i] for i in group}):
+        def estimate(signs: list[Tensor], h: float) -> dict[str, Tensor]:
+            found: dict[str, Tensor] = {}
+            for group in self._groups(list(start)):
+                with swapped(model, {whole[i]: weights[i].detach() + h * signs[i] for i in group}):
                     there = torch.autograd.grad(model.loss(batch), [weights[i] for i in group])
                 for i, gradient in zip(group, there, strict=True):
-                    found[i] = float(((gradient - start[i]) * signs[i]).sum(dtype=torch.float64)) / h
+                    found[whole[i].name] = (gradient - start[i]) * signs[i]
             return found
 
         signs = [random_signs(weight, generator) for weight in weights]
-        slope = math.fsum(float(g.abs().sum(dtype=torch.float64)) for g in start if g is not None)
-        found = estimate(signs, step)
+        slopes = [float(g.abs().sum(dtype=torch.float64)) for g in start.values()]
+        slope = math.fsum(filter(math.isfinite, slopes))
+        found = _sums(whole, estimate(signs, step), step)
         for _ in range(8):
-            finer = estimate(signs, step / 2)
+            products = estimate(signs, step / 2)
             step /= 2
-            change = math.fsum(abs(a - b) for a, b in zip(found, finer, strict=True) if not math.isnan(a))
+            finer = _sums(whole, products, step)
+            # Layers whose derivatives are not finite have no say: their cells are barred.
+            pairs = [pair for pair in zip(found, finer, strict=True) if all(map(math.isfinite, pair))]
+            change = math.fsum(abs(a - b) for a, b in pairs)
             # A probe can meet no curvature at all; then only the rounding of the gradients is left to compare.
             rounding = 1e-6 * slope / step
-            settled = change <= _SETTLED * math.fsum(abs(b) for b in finer if not math.isnan(b)) + rounding
+            settled = change <= _SETTLED * math.fsum(abs(b) for _, b in pairs) + rounding
             found = finer
             if settled:
                 break
@@ -277,9 +308,18 @@ class HessianTrace:
                 "E516", "hessian_trace: the finite difference does not settle", advice='set product = "double_backward"'
             )
         while True:
-            yield found
+            yield _sums(layers, products, step)
             signs = [random_signs(weight, generator) for weight in weights]
-            found = estimate(signs, step)
+            products = estimate(signs, step)
+
+
+def _sums(layers: Sequence[Layer], products: Mapping[str, Tensor], step: float = 1.0) -> list[float]:
+    """Sum over each layer's own weights, over ``step``.
+
+    NaN for a layer that there is nothing of; infinite where derivatives are not finite.
+    """
+    found = [None if x is None else float(x.sum(dtype=torch.float64)) / step for x in cut(layers, products)]
+    return [math.nan if x is None else x if math.isfinite(x) else math.inf for x in found]
 
 
 def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:

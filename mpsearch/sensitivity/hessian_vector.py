@@ -56,7 +56,10 @@ class HessianVector:
     step: float = 0.003
     by: ClassVar[Literal["cell", "batch"]] = "batch"
     covers: ClassVar[Sequence[str]] = ("weights",)
+    parts: ClassVar[bool] = True
     version: ClassVar[int] = 1
+    cost: ClassVar[str] = "1 second differentiation per cell"
+    needs: ClassVar[Sequence[str]] = ("data", "loss")
 
     def __post_init__(self) -> None:
         check_product("hessian_vector", self.product, self.step)
@@ -94,7 +97,7 @@ class HessianVector:
                 continue
             for fmt in formats:
                 if offered(decision, fmt):
-                    errors = {place[x.name]: deltas(x, fmt) for x in decision.layers}
+                    errors = {place[x.name]: deltas.own(x, fmt) for x in decision.layers}
                     found[decision.name, fmt] = _along(curvature, slopes, errors)
         return found
 

@@ -54,7 +54,10 @@ class IsolatedLoss:
     direction: Literal["down", "up"] = "down"
     by: ClassVar[Literal["cell", "batch"]] = "batch"
     covers: ClassVar[Sequence[str]] = ("weights", "activations", "caches")
+    parts: ClassVar[bool] = True
     version: ClassVar[int] = 1
+    cost: ClassVar[str] = "1 forward per cell"
+    needs: ClassVar[Sequence[str]] = ("data", "loss")
 
     def __post_init__(self) -> None:
         if self.direction not in ("down", "up"):

@@ -13,10 +13,16 @@ from mpsearch.errors import InputError
 from mpsearch.format import Format
 from mpsearch.formats.integer import Integer
 from mpsearch.layer import Decision, Layer
+from mpsearch.model.cut import put
 from mpsearch.model.evidence import _patches
 from mpsearch.model.model import Model
+from mpsearch.model.reads import input_of
+from mpsearch.parts import wholes
 from mpsearch.sensitivity.assemble import Cell, Deltas, build_table
 from mpsearch.tables import SensitivityTable
+
+#: Weights of a layer that are multiplied in float64 at once.
+_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)
@@ -25,8 +31,9 @@ class LayerHessian:
 
     score = sum over the decision's layers of 1/2 tr(D H D^T), D = Q(W) - W, H = 2 X X^T / N over the N tokens of a
     batch: the mean over tokens of the squared error of the layer's output. With ``relative`` divided by
-    1/2 tr(W H W^T). The same number as ``output_mse`` gives, from one matrix per layer instead of one product per
-    format and call: quicker for many formats or tokens, at the price of the matrix.
+    1/2 tr(W H W^T), of the whole layer also for a part of it, so that parts of rows add up. The same number as
+    ``output_mse`` gives, from one matrix per layer instead of one product per format and call: quicker for many formats
+    or tokens, at the price of the matrix.
 
     ``saliency="gptq"`` scores what is left after error feedback: integer formats without a rule are rounded by GPTQ,
     from the calibration data, as the format with ``-gptq`` ships them. Other formats, and layers that GPTQ
@@ -53,7 +60,11 @@ class LayerHessian:
     saliency: Literal["format", "gptq"] = "format"
     by: ClassVar[Literal["cell", "batch"]] = "batch"
     covers: ClassVar[Sequence[str]] = ("weights",)
+    parts: ClassVar[bool] = True
     version: ClassVar[int] = 1
+    streams: ClassVar[Literal["", "forward", "backward"]] = "forward"
+    cost: ClassVar[str] = "1 forward, columns^2 per token"
+    needs: ClassVar[Sequence[str]] = ("data",)
 
     def __post_init__(self) -> None:
         if not isinstance(self.relative, bool):
@@ -72,16 +83,19 @@ class LayerHessian:
     def _one(self, model: Model, batch: Any, layers: Sequence[Layer], formats: Sequence[Format]) -> SensitivityTable:
         deltas = Deltas.of(model)
         forms = InputForms(model, batch, layers)
+        norms: dict[str, float] = {}
 
         def part(layer: Layer, fmt: Format) -> float:
-            error = forms.half(layer, deltas(layer, self._rounded(layer, fmt)))
+            error = forms.half(layer, deltas.own(layer, self._rounded(layer, fmt)))
             if not self.relative or error == 0:
                 return error
-            whole = forms.half(layer, model.weight(layer.name).detach())
+            if layer.owner not in norms:
+                norms[layer.owner] = forms.half(layer.whole, model.weight(layer.name).detach())
+            whole = norms[layer.owner]
             return error / whole if whole else float("inf")
 
         def cell(decision: Decision, fmt: Format) -> Cell:
-            if any(not forms.tokens.get(layer.name) for layer in decision.layers):
+            if any(not forms.tokens.get(layer.owner) for layer in decision.layers):
                 return Cell(status="not_observed")
             return Cell(sum(part(layer, fmt) for layer in decision.layers))
 
@@ -99,7 +113,7 @@ class InputForms:
     """``X X^T`` of the inputs of all layers, summed in float64 over one batch in one pass.
 
     Attributes:
-        tokens: layer -> how many inputs (tokens, positions) it was called with.
+        tokens: whole layer -> how many inputs (tokens, positions) it was called with.
     """
 
     def __init__(self, model: Model, batch: Any, layers: Sequence[Layer]) -> None:
@@ -107,7 +121,7 @@ class InputForms:
         self._sums: dict[str, Tensor] = {}
         handles = [
             model.holder(name).register_forward_hook(self._watch(layer), with_kwargs=True)
-            for layer in layers
+            for layer in wholes(layers)
             if layer.kind not in ("expert", "kv_cache")
             for name in (layer.name, *layer.shared)
         ]
@@ -120,7 +134,7 @@ class InputForms:
 
     def _watch(self, layer: Layer) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            x = (args[0] if args else next(iter(kwargs.values()))).detach()
+            x = input_of(module, args, kwargs).detach()
             if isinstance(module, nn.Embedding):
                 self._add(f"{layer.name} lookups", torch.bincount(x.reshape(-1), minlength=layer.rows).double())
                 count = x.numel()
@@ -136,13 +150,27 @@ class InputForms:
         self._sums[name] = self._sums[name].add_(part) if name in self._sums else part
 
     def half(self, layer: Layer, error: Tensor) -> float:
-        """Return ``1/2 tr(D H D^T)`` with ``H = 2 X X^T / N``: the mean squared output for a weight (or an error)."""
-        rows = error.movedim(layer.out_axis, 0).reshape(layer.rows, -1).double()
+        """Return ``1/2 tr(D H D^T)`` with ``H = 2 X X^T / N``: the mean squared output for a weight (or an error).
+
+        Args:
+            layer: a layer, or a part of one.
+            error: in the layer's shape.
+        """
+        whole = layer.whole
+        if layer.is_part and layer.groups > 1:  # its rows may lie in several groups of inputs
+            return self.half(whole, put({layer: error}, error.new_zeros(layer.of_shape)))
+        turned = error.movedim(layer.out_axis, 0).reshape(layer.rows, -1)
+        form = self._sums.get(whole.name)
+        lookups = self._sums.get(f"{whole.name} lookups")
+        inputs, first = slice(*(layer.inputs or (None,))), (layer.channels or (0,))[0]
+        step = max(1, _AT_ONCE // layer.columns) if layer.groups == 1 else layer.rows
         total = 0.0
-        if layer.name in self._sums:
-            grouped = rows.reshape(layer.groups, -1, layer.columns)
-            total += float(((grouped @ self._sums[layer.name]) * grouped).sum())
-        lookups = self._sums.get(f"{layer.name} lookups")
-        if lookups is not None:
-            total += float(lookups @ rows.square().sum(dim=1))
-        return total / self.tokens[layer.name]
+        for start in range(0, layer.rows, step):
+            rows = turned[start : start + step].double()
+            if form is not None:
+                grouped = rows.reshape(layer.groups, -1, layer.columns)
+                total += float((grouped @ form[..., inputs, inputs]).mul_(grouped).sum())
+            if lookups is not None:
+                counts = lookups[first + start : first + start + len(rows)]
+                total += float(counts @ rows.square_().sum(dim=1))
+        return total / self.tokens[whole.name]

@@ -43,6 +43,9 @@ class Lim:
     by: ClassVar[Literal["cell", "batch"]] = "batch"
     covers: ClassVar[Sequence[str]] = ("weights",)
     version: ClassVar[int] = 1
+    streams: ClassVar[Literal["", "forward", "backward"]] = "forward"
+    cost: ClassVar[str] = "1 forward"
+    needs: ClassVar[Sequence[str]] = ("data",)
 
     def refuses(self, model: Model) -> str:
         return runs(model)

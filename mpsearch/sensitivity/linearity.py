@@ -92,6 +92,8 @@ class Linearity:
     by: ClassVar[Literal["cell", "batch"]] = "batch"
     covers: ClassVar[Sequence[str]] = ("weights",)
     version: ClassVar[int] = 1
+    cost: ClassVar[str] = "4 forwards per layer"
+    needs: ClassVar[Sequence[str]] = ("data", "logits")
 
     def __post_init__(self) -> None:
         for name in ("levels", "draws"):

@@ -73,23 +73,25 @@ class Nncf:
     by: ClassVar[Literal["cell", "batch"]] = "batch"
     covers: ClassVar[Sequence[str]] = ("weights",)
     version: ClassVar[int] = 1
+    streams: ClassVar[Literal["", "forward", "backward"]] = "forward"
+    cost: ClassVar[str] = "1 forward"
 
     def __post_init__(self) -> None:
         if self.criterion not in CRITERIA:
             raise InputError("E113", f"nncf: criterion is {self.criterion!r}; give one of {', '.join(CRITERIA)}")
 
     @property
-    def needs_data(self) -> bool:
-        """Whether it looks at inputs."""
-        return self.criterion != "weight_quantization_error"
+    def needs(self) -> Sequence[str]:
+        """Batches, for the criteria that look at inputs."""
+        return () if self.criterion == "weight_quantization_error" else ("data",)
 
     def refuses(self, model: Model) -> str:
-        return runs(model) if self.needs_data else ""
+        return runs(model) if self.needs else ""
 
     def score(
         self, model: Model, batches: Sequence[Any], layers: Sequence[Layer], formats: Sequence[Format]
     ) -> SensitivityTable:
-        if not self.needs_data:
+        if not self.needs:
             found = {x.name: 1.0 / int8_error(model, x) for x in layers if x.kind != "kv_cache"}
             table = importance_table(model, layers, formats, found, "nncf", spread=0.0)
             return SensitivityTable.mean([table] * max(1, len(batches)))

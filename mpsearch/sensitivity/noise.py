@@ -61,6 +61,8 @@ class Noise:
     by: ClassVar[Literal["cell", "batch"]] = "batch"
     covers: ClassVar[Sequence[str]] = ("weights",)
     version: ClassVar[int] = 1
+    cost: ClassVar[str] = "1 forward per cell"
+    needs: ClassVar[Sequence[str]] = ("data", "logits")
 
     def __post_init__(self) -> None:
         if not isinstance(self.draws, int) or isinstance(self.draws, bool) or self.draws < 1:

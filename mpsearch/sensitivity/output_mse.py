@@ -16,6 +16,8 @@ from mpsearch.layer import Layer
 from mpsearch.model.activations import Range, round_input
 from mpsearch.model.evidence import Calibration, channel_axis
 from mpsearch.model.model import Model
+from mpsearch.model.reads import input_of
+from mpsearch.parts import wholes
 from mpsearch.sensitivity.assemble import Cell, Deltas, build_table
 from mpsearch.tables import SensitivityTable
 
@@ -26,7 +28,8 @@ class OutputMse:
 
     score = sum over the decision's layers and over all their calls of ||Q(W) Q(x) - W x||^2 / ||W x||^2, both
     summed over the tokens of a batch; without ``relative`` the mean over tokens of ||Q(W) Q(x) - W x||^2. Q(x) = x
-    where the format leaves the input as it is.
+    where the format leaves the input as it is. For a part of a layer the divisor is the whole layer's, so that the
+    scores of its parts by output channel add up to the layer's.
 
     Sees the inputs but not what becomes of the error behind the layer. Bias: none in the local error.
     Standard error: from batch to batch. Cost: one forward pass, and one product per layer, format and call.
@@ -45,7 +48,11 @@ class OutputMse:
     relative: bool = True
     by: ClassVar[Literal["cell", "batch"]] = "batch"
     covers: ClassVar[Sequence[str]] = ("weights", "activations")
+    parts: ClassVar[bool] = True
     version: ClassVar[int] = 1
+    streams: ClassVar[Literal["", "forward", "backward"]] = "forward"
+    cost: ClassVar[str] = "1 forward, 1 product per cell"
+    needs: ClassVar[Sequence[str]] = ("data",)
 
     def refuses(self, model: Model) -> str:
         return "" if model.has_logits or model.has_loss else "it needs logits or a loss to run the model"
@@ -60,30 +67,34 @@ class OutputMse:
         errors = {(layer.name, fmt): 0.0 for layer in layers for fmt in formats if not fmt.refuses(layer)}
         ranges = _ranges(model, layers, formats)
         _gather(model, layers, formats)
-        outputs = {layer.name: 0.0 for layer in layers}
-        vectors = {layer.name: 0 for layer in layers}
+        whole = wholes(layers)
+        members: dict[str, list[Layer]] = {layer.name: [] for layer in whole}
+        for layer in layers:
+            members[layer.owner].append(layer)
+        outputs = {layer.name: 0.0 for layer in whole}
+        vectors = {layer.name: 0 for layer in whole}
 
         def watch(layer: Layer) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-                x = args[0] if args else next(iter(kwargs.values()))
+                x = input_of(module, args, kwargs)
                 clean = linear_part(module, x, model.weight(layer.name))
                 outputs[layer.name] += _squared(clean)
                 vectors[layer.name] += clean.numel() // layer.rows if layer.kind != "embedding" else x.numel()
-                for fmt in formats:
-                    if (layer.name, fmt) not in errors:
+                for member, fmt in ((member, fmt) for member in members[layer.name] for fmt in formats):
+                    if (member.name, fmt) not in errors:
                         continue
                     if isinstance(fmt.activation, Activation):
                         rounded = round_input(x, fmt.activation, channel_axis(module), ranges.get((layer.name, fmt)))
                         weight = model.weight(layer.name) + deltas(layer, fmt)
                         errors[layer.name, fmt] += _squared(linear_part(module, rounded, weight) - clean)
                     else:
-                        errors[layer.name, fmt] += _squared(linear_part(module, x, deltas(layer, fmt)))
+                        errors[member.name, fmt] += _squared(_moved(module, x, member, fmt, deltas))
 
             return hook
 
         handles = [
             model.holder(name).register_forward_hook(watch(layer), with_kwargs=True)
-            for layer in layers
+            for layer in whole
             if layer.kind != "expert"  # what its module is called with is not what the weight is multiplied with
             for name in (layer.name, *layer.shared)
         ]
@@ -95,12 +106,12 @@ class OutputMse:
                 handle.remove()
 
         def cell(decision: Any, fmt: Format) -> Cell:
-            if any(not vectors[layer.name] for layer in decision.layers):
+            if any(not vectors[layer.owner] for layer in decision.layers):
                 return Cell(status="not_observed")
             total = 0.0
             for layer in decision.layers:
-                error = errors[layer.name, fmt]
-                total += (error / (outputs[layer.name] if self.relative else vectors[layer.name])) if error else 0.0
+                error, name = errors[layer.name, fmt], layer.owner
+                total += (error / (outputs[name] if self.relative else vectors[name])) if error else 0.0
             return Cell(total)
 
         unit = "relative squared output error" if self.relative else "squared output error/token"
@@ -124,6 +135,13 @@ def _gather(model: Model, layers: Sequence[Layer], formats: Sequence[Format]) ->
         for layer in layers:
             if fmt.needs and layer.kind != "expert" and not fmt.refuses(layer):
                 Calibration.of(model).evidence(layer, fmt.weight)
+
+
+def _moved(module: nn.Module, x: Tensor, layer: Layer, fmt: Format, deltas: Deltas) -> Tensor:
+    """How far the rounding error of a layer, or of a part of it, moves the output."""
+    if layer.is_part and layer.kind == "linear":
+        return functional.linear(x[..., slice(*layer.inputs)] if layer.inputs else x, deltas.own(layer, fmt))
+    return linear_part(module, x, deltas(layer, fmt))
 
 
 def _squared(x: Tensor) -> float:

@@ -18,6 +18,7 @@ from mpsearch.format import Format
 from mpsearch.layer import Decision, Layer
 from mpsearch.model.evidence import channel_axis
 from mpsearch.model.model import Model
+from mpsearch.model.reads import input_of
 from mpsearch.sensitivity.assemble import Cell, Deltas, build_table
 from mpsearch.tables import SensitivityTable
 
@@ -44,7 +45,7 @@ def observe(model: Model, batch: Any, layers: Sequence[Layer], see: See) -> None
 
     def watch(layer: Layer) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = input_of(module, args, kwargs)
             if x.numel():
                 see(layer, module, x.detach(), output.detach())
 
@@ -136,13 +137,15 @@ class Inputs:
 
 
 def spike_ratio(scales: Tensor) -> float:
-    """Greatest token scale over the median of those that are not 0; 1 when all are 0.
+    """Greatest token scale over the median of those that are not 0; 1 when all are 0, NaN when any is.
 
     The median of an even number is the mean of the middle two, as numpy has it and unlike `torch.median`.
 
     >>> round(spike_ratio(torch.tensor([0.4, 250.0, 7.5, 6.5])), 6)
     35.714286
     """
+    if bool(scales.isnan().any()):
+        return math.nan
     ordered = scales[scales > 0].double().sort().values
     if not len(ordered):
         return 1.0
@@ -160,8 +163,8 @@ def matrices(layer: Layer, weight: Tensor) -> Tensor:
 
 def relative_error(model: Model, layer: Layer, fmt: Format) -> float:
     """||Q(W) - W||^2 / ||W||^2 of a layer, 0 for a weight of zeros."""
-    error = float(Deltas.of(model)(layer, fmt).double().square().sum())
-    return error / float(model.weight(layer.name).detach().double().square().sum()) if error else 0.0
+    error = float(Deltas.of(model)(layer, fmt).double().square_().sum())
+    return error / float(model.weight(layer.name).detach().double().square_().sum()) if error else 0.0
 
 
 def importance_table(

@@ -43,7 +43,9 @@ class WeightKl:
     by: ClassVar[Literal["cell", "batch"]] = "cell"
     covers: ClassVar[Sequence[str]] = ("weights",)
     version: ClassVar[int] = 1
-    needs_data: ClassVar[bool] = False
+    streams: ClassVar[Literal["", "forward", "backward"]] = "forward"
+    cost: ClassVar[str] = "2 histograms per cell"
+    needs: ClassVar[Sequence[str]] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.bins, int) or self.bins < 2:

@@ -17,7 +17,8 @@ from mpsearch.tables import SensitivityTable
 class WeightMse:
     """Squared weight error of each decision.
 
-    score = sum over the decision's layers of ||Q(W) - W||_F^2, divided by ||W||_F^2 when ``relative``.
+    score = sum over the decision's layers of ||Q(W) - W||_F^2, divided by ||W||_F^2 when ``relative``. For a part of a
+    layer W in the divisor is the whole weight, so that the scores of all parts add up to the layer's.
 
     Needs no data. Knows nothing of how much a layer matters: a baseline. Exact, so the standard error is 0.
     Cost: one quantisation per layer and format. Relative errors are what HIGGS (Malinovskii et al. 2024,
@@ -36,8 +37,11 @@ class WeightMse:
     relative: bool = False
     by: ClassVar[Literal["cell", "batch"]] = "cell"
     covers: ClassVar[Sequence[str]] = ("weights",)
+    parts: ClassVar[bool] = True
     version: ClassVar[int] = 1
-    needs_data: ClassVar[bool] = False
+    streams: ClassVar[Literal["", "forward", "backward"]] = "forward"
+    cost: ClassVar[str] = "rounding only"
+    needs: ClassVar[Sequence[str]] = ()
 
     def refuses(self, model: Model) -> str:
         return ""
@@ -50,8 +54,8 @@ class WeightMse:
         def cell(decision: Decision, fmt: Format) -> Cell:
             total = 0.0
             for layer in decision.layers:
-                error = float(deltas(layer, fmt).double().square().sum())
-                norm = float(model.weight(layer.name).detach().double().square().sum()) if self.relative else 1.0
+                error = float(deltas.own(layer, fmt).double().square_().sum())
+                norm = float(model.weight(layer.name).detach().double().square_().sum()) if self.relative else 1.0
                 total += error / norm if error else 0.0
             return Cell(total, 0.0)
 

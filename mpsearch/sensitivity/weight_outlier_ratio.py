@@ -36,7 +36,9 @@ class WeightOutlierRatio:
     by: ClassVar[Literal["cell", "batch"]] = "cell"
     covers: ClassVar[Sequence[str]] = ("weights",)
     version: ClassVar[int] = 1
-    needs_data: ClassVar[bool] = False
+    streams: ClassVar[Literal["", "forward", "backward"]] = "forward"
+    cost: ClassVar[str] = "weights only"
+    needs: ClassVar[Sequence[str]] = ()
 
     def refuses(self, model: Model) -> str:
         return ""

@@ -40,7 +40,9 @@ class Zd:
     by: ClassVar[Literal["cell", "batch"]] = "cell"
     covers: ClassVar[Sequence[str]] = ("weights",)
     version: ClassVar[int] = 1
-    needs_data: ClassVar[bool] = False
+    streams: ClassVar[Literal["", "forward", "backward"]] = "forward"
+    cost: ClassVar[str] = "weights only"
+    needs: ClassVar[Sequence[str]] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.two_sided, bool):

@@ -1,0 +1,124 @@
+"""Scoring and measuring while a study's workers run: what is known is looked up, the rest computed and kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from mpsearch import registry
+from mpsearch.front import Measurement
+from mpsearch.keys import content_key
+from mpsearch.machine import fingerprint
+from mpsearch.plan import BitPlan
+from mpsearch.planning import Labelled, Planner
+from mpsearch.ports import Executor
+from mpsearch.scoring import Scoring
+from mpsearch.tables import SensitivityTable
+from mpsearch.tasks import Failed, MeasureTask, Survey
+
+if TYPE_CHECKING:
+    from mpsearch.studying import Study
+
+EVALUATOR = "kl"
+
+
+@dataclass
+class Session:
+    """A study at work.
+
+    Attributes:
+        study: the study.
+        planner: makes its plans.
+        survey: what was found in model and text.
+        executor: does the work.
+        failed: the plans of the last `measure` that could not be measured.
+    """
+
+    study: Study
+    planner: Planner
+    survey: Survey
+    executor: Executor
+    failed: list[Failed] = field(default_factory=list)
+
+    def score(self, estimator: str, limit: float = math.inf) -> tuple[SensitivityTable, float]:
+        """Score with an estimator: the study's own with its settings, any other with its default ones.
+
+        Args:
+            estimator: its name.
+            limit: seconds on one core (see `Scoring.table`).
+
+        Returns:
+            The table, and how many seconds it took or would take on one core.
+        """
+        spec, study = self.study.spec, self.study
+        settings = dict(spec.estimator_settings) if estimator == spec.estimator else {}
+        if "seed" in registry.settings("estimators", estimator):
+            settings.setdefault("seed", spec.seed)
+        scope = content_key(
+            {
+                "model": study.identity["model"],
+                "calibration": study.identity["calibration"],
+                "cut": [spec.tokens, spec.length, spec.batch_size],
+                "estimator": [estimator, settings, registry.load("estimators", estimator).version],
+                "layers": self.survey.layers.key,
+                "formats": [fmt.key for fmt in self.planner.formats],
+                "fingerprint": fingerprint(),
+            }
+        )
+        scoring = Scoring(
+            scope,
+            estimator,
+            tuple(sorted(settings.items())),
+            self.survey.layers,
+            self.planner.formats,
+            self.survey.batches,
+        )
+        phase = "score" if estimator == spec.estimator else estimator
+        scores = scoring.table(
+            study.store,
+            lambda tasks: study.compute(self.executor, tasks),
+            lambda done, total: study.report(phase, done, total),
+            limit,
+        )
+        return scores, scoring.seconds(study.store, scores.source["batches"])
+
+    def measure(self, plans: Sequence[Labelled]) -> dict[str, Measurement]:
+        """Measure plans that were not measured before.
+
+        Returns:
+            Key of the plan -> measurement, of all that could be measured; `failed` says why others could not.
+        """
+        store, tasks, self.failed = self.study.store, dict[str, MeasureTask](), []
+        keys = [self.measurement_key(item.plan) for item in plans]
+        known = store.get_many("measurement", keys)
+        for key, item in zip(keys, plans, strict=True):
+            if key not in known and key not in tasks:
+                tasks[key] = MeasureTask(EVALUATOR, item.plan.to_json())
+        asked = list(tasks)
+        self.study.report("measure", 0, len(asked))
+        for done, (i, found) in enumerate(self.study.compute(self.executor, list(tasks.values())), start=1):
+            self.study.report("measure", done, len(asked))
+            if isinstance(found, Failed):
+                self.failed.append(found)
+                continue
+            body = found.to_json()
+            store.put("measurement", asked[i], body, volatile={"seconds": body.pop("seconds")})
+        known = store.get_many("measurement", keys)
+        return {
+            item.plan.key: Measurement.from_json({**known[key], "label": item.label})
+            for key, item in zip(keys, plans, strict=True)
+            if key in known
+        }
+
+    def measurement_key(self, plan: BitPlan) -> str:
+        """Content key of a plan's measurement in this study."""
+        spec, identity = self.study.spec, self.study.identity
+        cut = [spec.validation_tokens, spec.length, spec.batch_size]
+        evaluator = [EVALUATOR, registry.load("evaluators", EVALUATOR).version]
+        parts = [plan.assignment, identity["validation"], cut, evaluator, fingerprint()]
+        parts += sorted({fmt.key for fmt in plan.formats.values()} - {str(fmt) for fmt in plan.formats.values()})
+        if any(fmt.calibrated for fmt in plan.formats.values()):
+            parts.append([identity["calibration"], spec.tokens])
+        return content_key(parts)
