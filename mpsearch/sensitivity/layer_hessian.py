@@ -40,8 +40,8 @@ class LayerHessian:
     cannot take, are rounded as they are.
 
     Bias: none in the local error; blind to what becomes of it behind the layer. Standard error: from batch to batch.
-    Cost: one forward pass, N columns^2 multiplications and 8 columns^2 bytes (float64) per layer, all layers at
-    once; an embedding takes one count per row. Stacked experts have inputs of their own: not observed.
+    Cost: one forward pass, per format rows x columns x min(N, columns) multiplications, and for all layers at once
+    8 columns^2 bytes each (float64), or 4 N columns where N is smaller; an embedding takes one count per row. Stacked experts have inputs of their own: not observed.
     Sources: GPTQ (Frantar et al. 2023, arXiv:2210.17323), Optimal Brain Compression (Frantar and Alistarh 2022).
 
     Attributes:
@@ -61,9 +61,9 @@ class LayerHessian:
     by: ClassVar[Literal["cell", "batch"]] = "batch"
     covers: ClassVar[Sequence[str]] = ("weights",)
     parts: ClassVar[bool] = True
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     streams: ClassVar[Literal["", "forward", "backward"]] = "forward"
-    cost: ClassVar[str] = "1 forward, columns^2 per token"
+    cost: ClassVar[str] = "1 forward, 1 product per cell"
     needs: ClassVar[Sequence[str]] = ("data",)
 
     def __post_init__(self) -> None:
@@ -110,7 +110,7 @@ class LayerHessian:
 
 
 class InputForms:
-    """``X X^T`` of the inputs of all layers, summed in float64 over one batch in one pass.
+    """The inputs of all layers over one batch in one pass: X itself while it has fewer tokens than columns, else X X^T.
 
     Attributes:
         tokens: whole layer -> how many inputs (tokens, positions) it was called with.
@@ -118,6 +118,7 @@ class InputForms:
 
     def __init__(self, model: Model, batch: Any, layers: Sequence[Layer]) -> None:
         self.tokens: dict[str, int] = {}
+        self._inputs: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         handles = [
             model.holder(name).register_forward_hook(self._watch(layer), with_kwargs=True)
@@ -139,12 +140,23 @@ class InputForms:
                 self._add(f"{layer.name} lookups", torch.bincount(x.reshape(-1), minlength=layer.rows).double())
                 count = x.numel()
             else:
-                rows = _patches(module, x, layer).reshape(-1, layer.groups, layer.columns).transpose(0, 1).double()
-                self._add(layer.name, rows.transpose(1, 2) @ rows)
+                rows = _patches(module, x, layer).reshape(-1, layer.groups, layer.columns).transpose(0, 1)
+                self._keep(layer, rows)
                 count = rows.shape[1]
             self.tokens[layer.name] = self.tokens.get(layer.name, 0) + count
 
         return hook
+
+    def _keep(self, layer: Layer, rows: Tensor) -> None:
+        """Take more inputs, as (groups, tokens, columns)."""
+        kept = self._inputs.pop(layer.name, None)
+        if kept is not None:
+            rows = torch.cat([kept, rows], dim=1)
+        if layer.name not in self._sums and rows.shape[1] < layer.columns:
+            self._inputs[layer.name] = rows if kept is not None else rows.clone()
+            return
+        wide = rows.double()
+        self._add(layer.name, wide.transpose(1, 2) @ wide)
 
     def _add(self, name: str, part: Tensor) -> None:
         self._sums[name] = self._sums[name].add_(part) if name in self._sums else part
@@ -160,15 +172,18 @@ class InputForms:
         if layer.is_part and layer.groups > 1:  # its rows may lie in several groups of inputs
             return self.half(whole, put({layer: error}, error.new_zeros(layer.of_shape)))
         turned = error.movedim(layer.out_axis, 0).reshape(layer.rows, -1)
-        form = self._sums.get(whole.name)
+        form, kept = self._sums.get(whole.name), self._inputs.get(whole.name)
         lookups = self._sums.get(f"{whole.name} lookups")
         inputs, first = slice(*(layer.inputs or (None,))), (layer.channels or (0,))[0]
         step = max(1, _AT_ONCE // layer.columns) if layer.groups == 1 else layer.rows
         total = 0.0
         for start in range(0, layer.rows, step):
             rows = turned[start : start + step].double()
+            grouped = rows.reshape(layer.groups, -1, layer.columns)
+            if kept is not None:
+                answers = grouped @ kept[..., inputs].double().transpose(1, 2)
+                total += float(answers.square_().sum())
             if form is not None:
-                grouped = rows.reshape(layer.groups, -1, layer.columns)
                 total += float((grouped @ form[..., inputs, inputs]).mul_(grouped).sum())
             if lookups is not None:
                 counts = lookups[first + start : first + start + len(rows)]
