@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CODE := mpsearch tests studies benchmarks examples
-BENCHMARKS := frontier curvature solving solvers formats kill_study
+BENCHMARKS := frontier curvature solving solvers formats kill_study tournament streaming architectures
 
 .PHONY: demo test lint bench browser clean
 

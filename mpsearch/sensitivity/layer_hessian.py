@@ -41,7 +41,8 @@ class LayerHessian:
 
     Bias: none in the local error; blind to what becomes of it behind the layer. Standard error: from batch to batch.
     Cost: one forward pass, per format rows x columns x min(N, columns) multiplications, and for all layers at once
-    8 columns^2 bytes each (float64), or 4 N columns where N is smaller; an embedding takes one count per row. Stacked experts have inputs of their own: not observed.
+    8 columns^2 bytes each (float64), or 4 N columns where N is smaller; an embedding takes one count per row.
+    Stacked experts have inputs of their own: not observed.
     Sources: GPTQ (Frantar et al. 2023, arXiv:2210.17323), Optimal Brain Compression (Frantar and Alistarh 2022).
 
     Attributes:
