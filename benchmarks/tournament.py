@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import mpsearch as mp
 from mpsearch.bundled import BUNDLED
 from mpsearch.machine import fingerprint
+from mpsearch.standings import Tournament
 from mpsearch.studying import Study
-from mpsearch.tournament import Tournament
 
 SMALL = ["int2-channel", "int3-channel", "int4-channel", "int5-channel", "int6-channel", "int8-channel"]
 

@@ -253,7 +253,8 @@ class _Kept:
         means = [SensitivityTable.mean(parts) for parts in self._parts]
         first = means[0]
         status: tuple[tuple[Status, ...], ...] = tuple(mean.status[0] for mean in means)
-        source: Mapping[str, Any] = first.source
+        pooled = {name: found for mean in means for name, found in mean.source.get("pooled", {}).items()}
+        source: Mapping[str, Any] = {**first.source, **({"pooled": pooled} if pooled else {})}
         return SensitivityTable(
             self.layers,
             first.formats,

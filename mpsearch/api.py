@@ -11,7 +11,7 @@ import numpy as np
 
 from mpsearch import registry
 from mpsearch.adaptive import Adaptive
-from mpsearch.errors import InputError
+from mpsearch.errors import InputError, did_you_mean
 from mpsearch.format import Format, parse_formats
 from mpsearch.front import Measurement, ParetoFront
 from mpsearch.layer import Layers
@@ -19,7 +19,7 @@ from mpsearch.pairs import PairTable
 from mpsearch.plan import BitPlan
 from mpsearch.problem import Problem, Solution
 from mpsearch.sampling import score_within
-from mpsearch.scoring import check_covers, check_parts
+from mpsearch.scoring import check_covers, check_parts, mark_unreached
 from mpsearch.spec import StudySpec
 from mpsearch.studying import Study
 from mpsearch.tables import CostTable, SensitivityTable
@@ -128,9 +128,11 @@ def score(
 
     Raises:
         InputError: the estimator cannot score this model or these layers (E506), or there is no data (E501), or too
-            little of it to sample from (E504).
+            little of it to sample from (E504), or its batches cannot be averaged (E515), or the model gives two answers
+            to one batch (E513).
         InfeasibleError: budgets that no plan keeps (E201, E203).
     """
+    from mpsearch.model.batches import check_batches
     from mpsearch.model.find import find_layers
     from mpsearch.model.model import as_model
     from mpsearch.model.threads import one_thread
@@ -148,18 +150,29 @@ def score(
         raise InputError("E506", f"estimator '{estimator}' cannot score '{found.name}': {refusal}")
     menu = parse_formats(formats)
     check_covers(estimator, menu)
-    if not batches and "data" in getattr(chosen, "needs", ("data",)):
+    looks = "data" in getattr(chosen, "needs", ("data",))
+    check_batches(batches, chosen.by if looks else "", tokens=found.tokens)
+    if not batches and looks:
         raise InputError("E501", "there are no calibration batches")
     with one_thread():
         caches = any(fmt.family == "kv" for fmt in menu)
         what = layers if layers is not None else find_layers(found, batches or (), caches=caches)
         check_parts(estimator, what)
+        _check_answers(found, batches, layers)
         found.calibrate(batches, what)
         if budgets:
             sampling = Adaptive(tolerance=doubt)
             return score_within(chosen, found, batches, what, menu, budgets, sampling).table
         table: SensitivityTable = chosen.score(found, batches, what, menu)
-    return table
+    return mark_unreached(table, what, menu, chosen)
+
+
+def _check_answers(model: Model, batches: Sequence[Any], layers: Layers | None) -> None:
+    """Refuse a model that gives two answers to one batch, where layers were given: finding them looks at it as well."""
+    from mpsearch.model.repeatable import check_repeatable
+
+    if layers is not None and batches and (model.has_logits or model.has_loss):
+        model.memo("repeatable", batches[0], lambda: check_repeatable(model, batches[0]))
 
 
 def _score_streamed(
@@ -171,6 +184,7 @@ def _score_streamed(
     spill: Path | None,
     settings: Mapping[str, Any],
 ) -> SensitivityTable:
+    from mpsearch.model.batches import check_batches
     from mpsearch.model.streaming import Stream, refusal
 
     if not isinstance(model, (str, Path)):
@@ -182,9 +196,12 @@ def _score_streamed(
         check_parts(estimator, layers)
     if reason := refusal(chosen, menu):
         raise InputError("E506", reason, advice="score it in memory: streaming=False")
-    if not batches and "data" in getattr(chosen, "needs", ("data",)):
+    looks = "data" in getattr(chosen, "needs", ("data",))
+    check_batches(batches, chosen.by if looks else "", tokens=True)
+    if not batches and looks:
         raise InputError("E501", "there are no calibration batches")
-    return Stream(model, spill=spill).score(chosen, batches, menu, layers)
+    table = Stream(model, spill=spill).score(chosen, batches, menu, layers)
+    return mark_unreached(table, layers or (), menu, chosen)
 
 
 def interactions(
@@ -201,8 +218,8 @@ def interactions(
         batches: calibration batches.
         formats: the menu.
         layers: what to score; found when left out.
-        settings: ``how`` (``gauss_newton``, to second order, or ``measured``), ``pairs`` (``all``, ``band`` with
-            ``band``, or ``sample`` with ``sampled`` and ``seed``), ``against`` (``kl`` or ``loss``), ``sketch``,
+        settings: ``how`` (``gauss_newton``, to second order, or ``measured``), ``band`` (only decisions at most so many
+            apart), ``sampled`` (only so many pairs, drawn with ``seed``), ``against`` (``kl`` or ``loss``), ``sketch``,
             ``product`` and ``step``.
 
     Returns:
@@ -212,6 +229,7 @@ def interactions(
         InputError: a model without logits or loss, or formats that are not seen (E506); settings that make no sense
             (E107, E113); no data (E501).
     """
+    from mpsearch.model.batches import check_batches
     from mpsearch.model.find import find_layers
     from mpsearch.model.model import as_model
     from mpsearch.model.threads import one_thread
@@ -222,11 +240,13 @@ def interactions(
     if refusal:
         raise InputError("E506", f"interactions of '{found.name}' cannot be found: {refusal}")
     menu = parse_formats(formats)
+    check_batches(batches, "batch", tokens=found.tokens)
     if not batches:
         raise InputError("E501", "there are no calibration batches")
     with one_thread():
         caches = any(fmt.family == "kv" for fmt in menu)
         what = layers if layers is not None else find_layers(found, batches, caches=caches)
+        _check_answers(found, batches, layers)
         found.calibrate(batches, what)
         table: PairTable = chosen.score(found, batches, what, menu)
     return table
@@ -298,8 +318,8 @@ def measure(
 
     Args:
         model: a Hugging Face folder, a torch module or `wrap`'s result; its weights are put back bit for bit.
-        plan: a plan, or layer name -> format for every layer. Of a layer whose parts are planned, what is in none of
-            them stays as it is.
+        plan: a plan, or name of a layer or decision -> format, for all of them. Of a layer whose parts are planned,
+            what is in none of them stays as it is.
         data: validation batches.
         label: what to call it.
         calibration: batches for formats that are made from data (``-gptq``, ``-fisher``, ``-static``).
@@ -310,22 +330,42 @@ def measure(
     >>> measure(model, {"0": "int8-channel@int8-token"}, [torch.ones(2, 8)]).loss < 1e-3
     True
     """
+    from mpsearch.model.batches import check_batches
     from mpsearch.model.find import find_layers
     from mpsearch.model.model import as_model
     from mpsearch.model.threads import one_thread
 
     found = as_model(model)
+    check_batches(data, tokens=found.tokens)
+    check_batches(calibration, tokens=found.tokens)
     with one_thread():
+        _check_answers(found, data, plan.layers if isinstance(plan, BitPlan) else layers)
         if not isinstance(plan, BitPlan):
             caches = any(str(fmt).startswith("kv-") for fmt in plan.values())
             what = layers if layers is not None else find_layers(found, data, caches=caches)
-            wrong = sorted(set(plan) ^ {layer.name for layer in what})
-            if wrong:
-                raise InputError("E302", f"the plan names other layers than the model has: {', '.join(wrong[:5])}")
-            plan = BitPlan(what, {name: Format.parse(str(fmt)) for name, fmt in plan.items()})
+            plan = BitPlan(what, _formats_of(plan, what))
         found.calibrate(calibration, plan.layers)
         measurement: Measurement = registry.make("evaluators", "kl").measure(found, plan, data, label)
     return measurement
+
+
+def _formats_of(plan: Mapping[str, str], layers: Layers) -> dict[str, Format]:
+    """Read a plan whose names are those of layers or of decisions."""
+    members = {layer.name: [layer.name] for layer in layers}
+    members |= {row.name: [layer.name for layer in row.layers] for row in layers.decisions}
+    unknown = [name for name in plan if name not in members]
+    found = {member: Format.parse(str(fmt)) for name, fmt in plan.items() for member in members.get(name, ())}
+    missing = [layer.name for layer in layers if layer.name not in found]
+    if unknown:
+        close = did_you_mean(unknown[0], members)
+        raise InputError("E302", f"the model has no layer of the plan's name '{unknown[0]}'{close}")
+    if missing:
+        raise InputError(
+            "E302",
+            f"the plan leaves out {len(missing)} layers, first '{missing[0]}'",
+            advice=f"name all; bf16 leaves one as it is: '{missing[0]}': 'bf16'",
+        )
+    return found
 
 
 def study(name: str = "", *, base: Path | None = None, **settings: Any) -> Study:
@@ -396,6 +436,7 @@ def _study_of_module(
     model: Any, calibration: Sequence[Any], validation: Sequence[Any] | None, budget: Any, settings: dict[str, Any]
 ) -> Study:
     from mpsearch.evaluate.workbench import Workbench
+    from mpsearch.model.batches import check_batches
     from mpsearch.model.digest import digest_of
     from mpsearch.model.find import find_layers
     from mpsearch.model.model import as_model
@@ -413,6 +454,8 @@ def _study_of_module(
         calibration, validation = calibration[:cut], calibration[cut:]
     settings["name"] = settings.get("name") or found.name
     spec = StudySpec.of_values(model=found.name, calibration="given", budgets=budget, **settings)
+    check_batches(calibration, registry.load("estimators", spec.estimator).by, tokens=found.tokens)
+    check_batches(list(validation), tokens=found.tokens)
     what = find_layers(found, calibration, spec.ties, caches=bool(spec.kv))
     bench = Workbench(found, calibration, list(validation), what)
     identity = {

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpsearch.errors import InputError
+from mpsearch.front import Measurement
 from mpsearch.tables import Array, SensitivityTable, Status
 
 How = Literal["least_squares", "isotonic"]
@@ -130,9 +131,9 @@ class Fit:
 
 
 def fit_scores(
-    tables: Sequence[SensitivityTable],
+    tables: Sequence[SensitivityTable] | SensitivityTable,
     plans: Choices | Sequence[Sequence[int]],
-    measured: Array | Sequence[float],
+    measured: Array | Sequence[float] | Sequence[Measurement],
     spread: Array | Sequence[float] | None = None,
     how: How = "least_squares",
     *,
@@ -142,10 +143,10 @@ def fit_scores(
     """Fit scores to the measured losses of plans.
 
     Args:
-        tables: scores of the same decisions in the same formats; one for ``isotonic``.
+        tables: scores of the same decisions in the same formats, or one table; one for ``isotonic``.
         plans: (P, N) column that each row of the tables takes in each plan; -1 for a row that stays as it is.
-        measured: (P,) losses, in nats.
-        spread: (P,) their standard errors; 0 where left out or NaN.
+        measured: (P,) losses, in nats, or measurements, which know their standard errors.
+        spread: (P,) standard errors of losses; 0 where left out or NaN.
         how: ``least_squares`` or ``isotonic``.
         draws: bootstrap resamplings of the plans.
         seed: of the resamplings.
@@ -159,6 +160,10 @@ def fit_scores(
     >>> round(float(fit.weights[0]), 6), round(float(fit.table().value[1, 1]), 6), round(fit.predict([1, -1])[0], 6)
     (0.1, 0.8, 0.4)
     """
+    tables = [tables] if isinstance(tables, SensitivityTable) else tables
+    runs = [m for m in measured if isinstance(m, Measurement)]
+    if runs:
+        measured, spread = [m.loss for m in runs], [m.spread for m in runs]
     chosen, losses, errors = _checked(tables, plans, measured, spread, how, draws)
     totals = _totals(tables, chosen)
     generator = np.random.default_rng(seed)

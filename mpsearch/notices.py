@@ -52,6 +52,16 @@ def _blind(scores: SensitivityTable) -> list[Notice]:
     return [Notice("W513", text)]
 
 
+def _pooled(scores: SensitivityTable) -> list[Notice]:
+    """Name the decisions that only some batches reached."""
+    known = scores.source.get("pooled")
+    if not known:
+        return []
+    names = [f"{name} ({there} of {batches})" for name, (there, batches) in known.items()]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return [Notice("W519", f"estimated from the batches that reached them: {', '.join(names[:3])}{more}")]
+
+
 def score_notices(scores: SensitivityTable) -> list[Notice]:
     """Name the cells without a value, those below zero, and decisions that nothing seems to harm."""
     notices = []
@@ -68,7 +78,7 @@ def score_notices(scores: SensitivityTable) -> list[Notice]:
         if cells:
             more = f" and {len(cells) - 3} more" if len(cells) > 3 else ""
             notices.append(Notice(code, f"{', '.join(cells[:3])}{more} {text}{_where(scores, status)}"))
-    notices += _blind(scores)
+    notices += [*_pooled(scores), *_blind(scores)]
     negative = [name for name, row in zip(scores.layers, scores.value, strict=True) if (row < 0).any()]
     if negative:
         notices.append(

@@ -109,7 +109,10 @@ def _size(layers: Layers, by: By, size: int | None, model: Any) -> int:
         size = _head_size(layers, model)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         what = {"head": "the channels of one head", "output_channel": "output channels"}.get(by, "columns")
-        raise InputError("E113", f"size is {size!r}; give a whole number of {what} from 1")
+        if size is None:
+            how = ", or model=… to find them" if by == "head" else ""
+            raise InputError("E113", f"parts by {by} need a size", advice=f"size=N, the number of {what}{how}")
+        raise InputError("E113", f"size is {size!r}", advice=f"give a whole number of {what} from 1")
     return size
 
 

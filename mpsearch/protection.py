@@ -60,8 +60,10 @@ class Rule:
     def __str__(self) -> str:
         return f"{self.estimator} > {self.threshold:g}"
 
-    def pins(self, layers: Layers, ratios: Mapping[str, float], fmt: str = "") -> dict[str, str]:
+    def pins(self, layers: Layers, ratios: Mapping[str, float | None], fmt: str = "") -> dict[str, str]:
         """Name the decisions that hold a layer over the threshold, and the format that they keep.
+
+        A ratio that is not a number counts as over it: the inputs hold what is not finite.
 
         Args:
             layers: all layers.
@@ -73,7 +75,7 @@ class Rule:
         """
         found: dict[str, str] = {}
         for row in layers.decisions:
-            if not any(ratios.get(layer.name, 0.0) > self.threshold for layer in row.layers):
+            if not any(_size(ratios.get(layer.name, 0.0)) > self.threshold for layer in row.layers):
                 continue
             kept = Format.parse(fmt or ("fp16" if row.layers[0].dtype == "float16" else "bf16"))
             for layer in row.layers:
@@ -82,10 +84,10 @@ class Rule:
             found[row.name] = str(kept)
         return found
 
-    def notice(self, layers: Layers, ratios: Mapping[str, float], pins: Mapping[str, str]) -> Notice:
+    def notice(self, layers: Layers, ratios: Mapping[str, float | None], pins: Mapping[str, str]) -> Notice:
         """Say what is pinned, and why."""
         worst = {
-            row.name: max(ratios.get(layer.name, 0.0) for layer in row.layers)
+            row.name: max(_size(ratios.get(layer.name, 0.0)) for layer in row.layers)
             for row in layers.decisions
             if any(layer.name in ratios for layer in row.layers)
         }
@@ -94,9 +96,15 @@ class Rule:
             most = f"; the most is {worst[name]:.3g} at '{name}'" if name else ""
             return Notice("N132", f"{self}: no layer is protected{most}")
         ordered = sorted(pins, key=lambda row: -worst[row])
-        named = ", ".join(f"'{row}' ({worst[row]:.3g}) to {pins[row]}" for row in ordered[:8])
+        texts = {row: f"{size:.3g}" if math.isfinite(size) else "not finite" for row, size in worst.items()}
+        named = ", ".join(f"'{row}' ({texts[row]}) to {pins[row]}" for row in ordered[:8])
         more = f" and {len(ordered) - 8} more" if len(ordered) > 8 else ""
         return Notice("N132", f"{self}: pins {named}{more}")
+
+
+def _size(ratio: float | None) -> float:
+    """A ratio that can be compared; None and NaN stand for one that is not finite."""
+    return math.inf if ratio is None or math.isnan(ratio) else ratio
 
 
 def check_threshold(threshold: object) -> None:

@@ -14,6 +14,7 @@ from mpsearch.format import Format
 from mpsearch.layer import Layers
 from mpsearch.planning import Planner
 from mpsearch.ports import Batches, Estimator, Model
+from mpsearch.scoring import mark_unreached
 from mpsearch.spec import StudySpec
 from mpsearch.tables import SensitivityTable
 
@@ -46,7 +47,8 @@ def score_within(
 
     def score(names: Sequence[str], batch: int) -> SensitivityTable:
         chosen = [layer for name in names for layer in rows[name].layers]
-        return estimator.score(model, single[batch], chosen, planner.formats)
+        found = estimator.score(model, single[batch], chosen, planner.formats)
+        return mark_unreached(found, chosen, planner.formats, estimator)
 
     if batches:
         _check_alone(score, list(rows))

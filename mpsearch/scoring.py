@@ -12,8 +12,8 @@ import numpy as np
 from mpsearch import registry
 from mpsearch.errors import InputError
 from mpsearch.format import Format
-from mpsearch.layer import Layer, Layers
-from mpsearch.ports import Store
+from mpsearch.layer import Layer, Layers, decisions
+from mpsearch.ports import Estimator, Store
 from mpsearch.records import CellRow
 from mpsearch.tables import SensitivityTable
 from mpsearch.tasks import ScoreTask
@@ -52,6 +52,41 @@ def check_parts(estimator: str, layers: Sequence[Layer]) -> None:
             f"estimator '{estimator}' scores whole layers, and '{part.name}' is part of one",
             advice=f"estimators that score parts: {', '.join(able)}",
         )
+
+
+def mark_unreached(
+    table: SensitivityTable, layers: Sequence[Layer], formats: Sequence[Format], estimator: Estimator
+) -> SensitivityTable:
+    """Say ``not_observed`` of parts of layers that no token reached, where the score of 0 would read as harmless.
+
+    An expert that gets no token, or the row of a token that does not occur, is multiplied by nothing. Of a whole layer
+    estimators see whether it is called; of a part only its score tells: 0 in every format that rounds weights. A part
+    whose weights no format changes looks the same, and is marked as well.
+
+    Args:
+        table: scores.
+        layers: what was scored.
+        formats: the formats of the table's columns.
+        estimator: what scored; one that does not look at data knows every part.
+
+    >>> part = Layer("experts", "expert", (2, 4, 4)).part((0, 4))
+    >>> scores = SensitivityTable((part.name,), ("int4",), [[0.0]], [[0.0]], "nats/token")
+    >>> mark_unreached(scores, [part], [Format.parse("int4-channel")], registry.make("estimators", "fisher")).status
+    (('not_observed',),)
+    """
+    if "data" not in getattr(estimator, "needs", ("data",)) or not any(layer.is_part for layer in layers):
+        return table
+    of_parts = {row.name for row in decisions(layers) if all(layer.is_part for layer in row.layers)}
+    rounding = [j for j, fmt in enumerate(formats) if fmt.weight.family != "plain"]
+    value, spread = table.value.copy(), table.spread.copy()
+    status = [list(row) for row in table.status]
+    for i, name in enumerate(table.layers):
+        seen = [j for j in rounding if status[i][j] == "ok"]
+        if name in of_parts and not value[i, seen].any():
+            for j in seen:
+                value[i, j] = spread[i, j] = math.nan
+                status[i][j] = "not_observed"
+    return replace(table, value=value, spread=spread, status=tuple(map(tuple, status)))
 
 
 def blind_to(estimator: str, formats: Sequence[Format]) -> tuple[str, Format] | None:
@@ -104,7 +139,7 @@ class Scoring:
         if known is not None:
             return SensitivityTable.from_json(known)
         if limit < math.inf and self.batches > 1 and registry.load("estimators", self.estimator).by == "batch":
-            replace(self, batches=1)._fill(store, compute, report)
+            replace(self, batches=1)._fill(store, compute, lambda done, total: report(done, self.batches))
             fitting = max(1, int(limit / max(self.seconds(store, 1), 1e-9)))
             if fitting < self.batches:
                 part = replace(self, batches=fitting)

@@ -56,6 +56,8 @@ class Session:
         settings = dict(spec.estimator_settings) if estimator == spec.estimator else {}
         if "seed" in registry.settings("estimators", estimator):
             settings.setdefault("seed", spec.seed)
+        inner = getattr(registry.make("estimators", estimator, **settings), "estimators", ())
+        members = {name: registry.load("estimators", name).version for name in inner}
         scope = content_key(
             {
                 "model": study.identity["model"],
@@ -65,6 +67,7 @@ class Session:
                 "layers": self.survey.layers.key,
                 "formats": [fmt.key for fmt in self.planner.formats],
                 "fingerprint": fingerprint(),
+                **({"members": members} if members else {}),
             }
         )
         scoring = Scoring(

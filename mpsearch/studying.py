@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +25,7 @@ from mpsearch.stored_study import StoredStudy
 from mpsearch.tasks import RatioTask, Survey, SurveyTask
 
 if TYPE_CHECKING:
-    from mpsearch.tournament import Tournament
+    from mpsearch.standings import Tournament
 
 Report = Callable[[str, int, int], None]
 #: Raised with every change of what is found in a model: it is part of the survey's key.
@@ -217,17 +218,18 @@ class Study(StoredStudy):
         assert known is not None
         return key, Survey.from_json(known)
 
-    def _ratios(self, executor: Executor, rule: Rule, survey: str) -> tuple[str, dict[str, float]]:
+    def _ratios(self, executor: Executor, rule: Rule, survey: str) -> tuple[str, dict[str, float | None]]:
         """Return what a rule pins layers by, layer name -> ratio, and its key."""
         version = registry.load("estimators", rule.estimator).version
         key = content_key([survey, rule.estimator, version])
         known = self.store.get("ratios", key)
         if known is None:
             for _, ratios in self.compute(executor, [RatioTask(rule.estimator)]):
-                known = {"ratios": ratios}
+                # A stored value is never NaN.
+                known = {"ratios": {name: x if math.isfinite(x) else None for name, x in ratios.items()}}
                 self.store.put("ratios", key, known)
         assert known is not None
-        return key, known["ratios"]
+        return key, dict(known["ratios"])
 
     def _measure(self, session: Session, plans: Sequence[Labelled]) -> bool:
         """Measure plans, and note which belong to this study and in what order.

@@ -29,8 +29,31 @@ def _frozen(values: Any, shape: tuple[int, int]) -> Array:
     return array
 
 
-def _worst(cell: Sequence[Status]) -> Status:
-    return next((status for status in cell if status != "ok"), "ok")
+def _pooled_cell(cell: Sequence[tuple[Status, float, float]], zero: bool) -> tuple[Status, float, float]:
+    """Status, mean and standard error of one cell over batches.
+
+    Args:
+        cell: status, value and standard error in each batch.
+        zero: whether a batch that does not reach the cell counts as 0.
+    """
+    for status in ("non_finite", "not_offered"):
+        if any(found == status for found, _, _ in cell):
+            return status, math.nan, math.nan
+    seen = [(value, spread) for status, value, spread in cell if status == "ok"]
+    if not seen:
+        return "not_observed", math.nan, math.nan
+    values = [value for value, _ in seen] + [0.0] * (len(cell) - len(seen) if zero else 0)
+    return ("ok", *(seen[0] if len(values) == 1 else mean_and_error(values)))
+
+
+def _reached(parts: Sequence[SensitivityTable]) -> dict[str, dict[str, list[int]]]:
+    """Of decisions that some batches reached and others did not: [batches that did, batches]."""
+    found: dict[str, list[int]] = {}
+    for name, *rows in zip(parts[0].layers, *(p.status for p in parts), strict=True):
+        there = sum("ok" in row for row in rows)
+        if 0 < there < len(rows) and any("not_observed" in row for row in rows):
+            found[name] = [there, len(rows)]
+    return {"pooled": found} if found else {}
 
 
 def _not_finite(parts: Sequence[SensitivityTable]) -> dict[str, dict[str, list[int]]]:
@@ -124,7 +147,12 @@ class SensitivityTable:
 
         The value is the mean. The standard error comes from the spread between the batches, so it holds the doubt of
         the data as well as that of any probes, and is widened for few batches (`mean_and_error`); a single table
-        keeps its own. A cell counts as ``ok`` only if it is ``ok`` in every batch.
+        keeps its own.
+
+        A cell that is ``non_finite`` in any batch stays so. One that only some batches reached (an expert) is ``ok``:
+        in nats per token the other batches count as 0, for what is not used does no harm there; in any other unit the
+        mean is over those that reached it. ``source["pooled"]`` says for how many that was so: {decision: [batches that
+        reached it, batches]}.
 
         Raises:
             ValueError: no tables, or tables of different layers, formats or units.
@@ -136,25 +164,26 @@ class SensitivityTable:
             return first
         if any((p.layers, p.formats, p.unit) != (first.layers, first.formats, first.unit) for p in parts):
             raise ValueError("tables to average must have the same layers, formats and unit")
-        cells = np.stack([p.value for p in parts]).transpose(1, 2, 0).tolist()
-        found = np.array([[mean_and_error(cell) for cell in row] for row in cells]).reshape(*first.value.shape, 2)
-        value, spread = found[..., 0].copy(), found[..., 1].copy()
-        status = tuple(
-            tuple(_worst(cell) for cell in zip(*rows, strict=True))
-            for rows in zip(*(p.status for p in parts), strict=True)
-        )
-        bad = np.array([[s != "ok" for s in row] for row in status]).reshape(first.value.shape)
-        value[bad] = math.nan
-        spread[bad] = math.nan
+        zero = first.unit == "nats/token"
+        values, spreads = ([p.value.tolist() for p in parts], [p.spread.tolist() for p in parts])
+        cells = [
+            [
+                _pooled_cell(
+                    [(p.status[i][j], v[i][j], s[i][j]) for p, v, s in zip(parts, values, spreads, strict=True)], zero
+                )
+                for j in range(len(first.formats))
+            ]
+            for i in range(len(first.layers))
+        ]
         return cls(
             first.layers,
             first.formats,
-            value,
-            spread,
+            np.array([[cell[1] for cell in row] for row in cells]).reshape(first.value.shape),
+            np.array([[cell[2] for cell in row] for row in cells]).reshape(first.value.shape),
             first.unit,
-            status,
+            tuple(tuple(cell[0] for cell in row) for row in cells),
             sum(p.samples for p in parts),
-            {**first.source, **_not_finite(parts)},
+            {**first.source, **_not_finite(parts), **_reached(parts)},
         )
 
     def take(self, rows: Sequence[int] | None = None, columns: Sequence[int] | None = None) -> SensitivityTable:

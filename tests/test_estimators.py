@@ -290,3 +290,15 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     ):
         with pytest.raises(mp.InputError, match="E113"):
             registry.make("estimators", name, **settings)
+
+
+def test_where_no_step_settles_the_gradient_is_differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
+    import mpsearch.sensitivity.hessian_trace as module
+
+    monkeypatch.setattr(module, "_SETTLED", -1.0)
+    model, batch, _ = softmax_model()
+    layers = find_layers(model)
+    fallen_back = HessianTrace(probes=4, least_probes=4).traces(model, batch, layers)
+    twice = HessianTrace(product="double_backward", probes=5, least_probes=5).traces(model, batch, layers)
+    # The first signs were spent on the search for a step.
+    np.testing.assert_allclose(fallen_back, twice[1:])

@@ -208,3 +208,26 @@ def test_other_weights_of_three_axes_are_no_experts() -> None:
             self.head = nn.Linear(8, 2)
 
     assert [layer.name for layer in mp.layers(Mixed())] == ["head"]
+
+
+class Listed(nn.Module):
+    """Linears as a list of experts: each batch is sent to one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shared = x + 0
+        both = self.first(shared) + self.second(shared)
+        output: Tensor = self.experts[int(x[0, 0])](both * 1)
+        return output
+
+
+@pytest.mark.parametrize("repetition", range(40))
+def test_experts_that_are_first_called_by_different_batches_read_no_common_tensor(repetition: int) -> None:
+    model = Model(Listed(), logits=lambda m, x: m(x))
+    batches = [torch.full((2, 8), float(i)) for i in range(6)]
+    found = find_layers(model, batches)
+    assert [x.name for x in found if x.tie] == ["first", "second"]

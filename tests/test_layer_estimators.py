@@ -18,9 +18,10 @@ from mpsearch import registry
 from mpsearch.format import Format, parse_formats
 from mpsearch.layer import Layer, Layers
 from mpsearch.model.apply import applied
+from mpsearch.model.cut import part_of
 from mpsearch.model.find import find_layers
 from mpsearch.model.model import Model, samples_of
-from mpsearch.sensitivity import saliency
+from mpsearch.parts import split
 from mpsearch.sensitivity.assemble import Deltas
 from mpsearch.sensitivity.block_mse import BlockMse
 from mpsearch.sensitivity.isolated_loss import IsolatedLoss
@@ -28,6 +29,7 @@ from mpsearch.sensitivity.layer_hessian import InputForms, LayerHessian
 from mpsearch.sensitivity.linearity import Linearity, slope
 from mpsearch.sensitivity.noise import Noise, steps_of
 from mpsearch.sensitivity.output_mse import OutputMse
+from mpsearch.sensitivity.saliency import compensated
 from mpsearch.spread import mean_and_error
 from mpsearch.testing.estimators import EstimatorSuite, small_classifier
 from tests.conftest import DATA
@@ -95,45 +97,118 @@ def test_the_quadratic_form_of_the_worked_example() -> None:
     # Sums over the six inputs; the scores are means.
     for name, error in (("Q_gptq", 0.309077), ("Q_rtn", 3.147157)):
         assert 6 * forms.half(layer, made[name] - made["W"]) == pytest.approx(error, abs=2e-6)
-        assert saliency.half_trace(made[name] - made["W"], made["H"]) == pytest.approx(error, abs=1e-6)
+    # Fewer inputs than columns are kept as they are; the matrix is the same.
+    torch.testing.assert_close(3 * forms.matrix(layer)[0] * 2, made["H"], rtol=1e-6, atol=1e-9)
+    few = InputForms(model, made["X (d x N)"].T[:3].float(), [layer])
+    assert few._inputs
+    kept = made["X (d x N)"][:, :3]
+    torch.testing.assert_close(few.matrix(layer)[0], 2 / 3 * kept @ kept.T, rtol=1e-6, atol=1e-9)
 
 
-def test_saliences_of_the_worked_example() -> None:
+def score_of(weight: Tensor, rounded: Tensor, x: Tensor, **settings: Any) -> float:
+    """Score of a linear layer that is rounded in a given way."""
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    module.weight.data = weight.float()
+    model = Model(module, logits=lambda m, b: m(b))
+    layers = find_layers(model)
+    Deltas.of(model)._kept["", FORMATS[0].weight] = (rounded - weight).float()
+    made = LayerHessian(relative=False, **settings).score(model, [x.float()], layers, FORMATS[:1])
+    return float(made.value[0, 0])
+
+
+def test_saliencies_of_the_worked_example() -> None:
     made = worked()
     weight, hessian = made["W"], made["H"]
-    nearest, fed = made["Q_rtn"] - weight, made["Q_gptq"] - weight
-    close = {"rtol": 1e-6, "atol": 1e-12}
-    torch.testing.assert_close(saliency.inverse(hessian), made["Hinv"], **close)
-    torch.testing.assert_close(saliency.upper_factor(hessian), made["cholesky_upper_of_Hinv"], **close)
-    for found, name in (
-        (saliency.slim_salience(weight, hessian), "salience_slim_paper w^2/[Hinv]_ii^2"),
-        (saliency.slim_salience_of_code(weight, hessian), "salience_slim_code w^2/U_ii^2"),
-        (saliency.pruning_salience(weight, hessian), "obs_prune_saliency 1/2 w^2/[Hinv]_ii"),
-        (saliency.rounding_salience(nearest, hessian), "obq_first_step_error 1/2 (w-q)^2/[Hinv]_ii"),
-        (saliency.feedback_losses(fed, hessian), "gptq_losses"),
-    ):
-        torch.testing.assert_close(found, made[name], **close)
-    torch.testing.assert_close(saliency.baq_column_losses(fed, hessian), made["gptq_losses"].sum(dim=0), **close)
-    # The losses of any rounding add up to its error, not only those of GPTQ.
-    assert float(saliency.feedback_losses(nearest, hessian).sum()) == pytest.approx(3.147157, abs=1e-6)
-    columns = saliency.column_salience(nearest, hessian)
-    alone = [2 * saliency.half_trace(nearest * torch.eye(4)[j], hessian) for j in range(4)]
-    torch.testing.assert_close(columns, torch.tensor(alone, dtype=torch.float64), **close)
+    for name in ("Q_rtn", "Q_gptq"):
+        d = made[name] - weight
+        x = made["X (d x N)"].T
+        alone = [float(d[:, j].square().sum() * hessian[j, j]) / 2 for j in range(4)]
+        assert 6 * score_of(weight, made[name], x, saliency="owq") == pytest.approx(sum(alone), rel=1e-5)
+        each = 0.5 * d.square() * compensated(hessian[None])[0]
+        assert 6 * score_of(weight, made[name], x, saliency="obq") == pytest.approx(float(each.sum()), rel=1e-5)
+        assert 0 < float(each.sum()) < sum(alone)
+    exact = 0.5 * (made["Q_rtn"] - weight).square() * compensated(hessian[None], share=0.0)[0]
+    torch.testing.assert_close(exact, made["obq_first_step_error 1/2 (w-q)^2/[Hinv]_ii"], rtol=1e-6, atol=1e-12)
 
 
-def test_damping_is_a_share_and_dead_inputs_stay_apart() -> None:
-    made = worked()["H"]
-    assert torch.equal(saliency.damped(made, 0.0), made)
-    # The unit of the inputs scales everything.
-    torch.testing.assert_close(saliency.damped(9 * made), 9 * saliency.damped(made))
-    dead = torch.block_diag(made, torch.zeros(1, 1, dtype=torch.float64))
-    with pytest.raises(mp.InputError, match="E422"):
-        saliency.inverse(dead)
-    weight = torch.ones(2, 5)
-    for score in (saliency.slim_salience, saliency.slim_salience_of_code, saliency.rounding_salience):
-        assert bool(torch.isfinite(score(weight, saliency.damped(dead))).all())
-    assert saliency.column_salience(weight, dead)[4] == 0
-    assert torch.equal(saliency.damped(torch.zeros(2, 2)), torch.eye(2, dtype=torch.float64) * 1.01)
+def test_compensation_is_the_least_loss_with_the_damped_others_free() -> None:
+    factor = torch.randn(3, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    hessian = torch.block_diag(factor.T @ factor, torch.zeros(1, 1, dtype=torch.float64))  # singular, one input dead
+    found = compensated(hessian[None])[0, 0]
+    damp = 0.01 * hessian.diagonal()[:6].mean()
+    for j in range(7):
+        others = [i for i in range(7) if i != j]
+        inner = hessian[others][:, others] + damp * torch.eye(6, dtype=torch.float64)
+        across = hessian[others, j]
+        least = float(hessian[j, j] - across @ torch.linalg.solve(inner, across))
+        assert float(found[j]) == pytest.approx(least, rel=1e-6, abs=1e-12)
+    assert float(found[6]) == pytest.approx(0, abs=1e-12)
+    # Scales with the inputs' unit, is the diagonal where nothing correlates, and 0 where nothing was seen.
+    torch.testing.assert_close(compensated(9 * hessian[None])[0, 0], 9 * found)
+    diagonal = torch.tensor([3.0, 0.5, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(compensated(torch.diag(diagonal)[None])[0, 0], diagonal)
+    assert not compensated(torch.zeros(1, 2, 2)).any()
+    assert bool(compensated(torch.full((1, 2, 2), torch.nan)).isnan().all())
+    # Rows with lookups have a Hessian each.
+    counts = torch.tensor([0.0, 2.0], dtype=torch.float64)
+    rows = compensated(hessian[None], counts)[0]
+    torch.testing.assert_close(rows[0], found)
+    second = hessian + (damp + 2) * torch.eye(7, dtype=torch.float64)
+    torch.testing.assert_close(rows[1], 1 / torch.linalg.inv(second).diagonal() - damp)
+
+
+@pytest.mark.parametrize("saliency", ["owq", "obq"])
+@pytest.mark.parametrize("relative", [True, False])
+def test_saliencies_of_all_kinds_of_layers_and_of_their_parts(saliency: Any, relative: bool) -> None:
+    model, batches, layers = mixed()
+    estimator = LayerHessian(relative=relative, saliency=saliency)
+    found = estimator.score(model, batches, layers, FORMATS)
+    direct = LayerHessian(relative=relative).score(model, batches, layers, FORMATS)
+    assert (found.value > 0).all()
+    np.testing.assert_allclose(found.value[0], direct.value[0], rtol=1e-6)  # the embedding
+    assert (found.value[1:] != direct.value[1:]).all()
+    forms = InputForms(model, batches[0], layers)
+    for layer in layers:
+        error = model.weight(layer.name).detach()
+        for by in ("output_channel", "input_channel"):
+            parts = [x for x in split(layers, by, 2) if x.owner == layer.name]
+            if parts[0].is_part:
+                total = sum(forms.apart(x, part_of(error, x), saliency) for x in parts)
+                assert total == pytest.approx(forms.apart(layer, error, saliency), rel=1e-6)
+    if saliency == "owq":
+        other = LayerHessian(relative=relative, saliency="obq").score(model, batches, layers, FORMATS)
+        assert (other.value <= found.value * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("saliency", ["format", "owq", "obq"])
+def test_a_tied_head_counts_every_token_once_as_lookup_and_once_as_head(saliency: Any) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=61, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    model = Model(GPT2LMHeadModel(config), tokens=True)
+    layers = find_layers(model, BATCHES)
+    assert layers[0].shared == ("lm_head",)
+    form = LayerHessian(relative=False, saliency=saliency).score(model, BATCHES, layers, FORMATS)
+    direct = OutputMse(relative=False).score(model, BATCHES, layers, FORMATS)
+    if saliency == "format":
+        np.testing.assert_allclose(direct.value, form.value, rtol=1e-4)
+        return
+    # By hand: every row of the embedding has a Hessian of its own.
+    forms = InputForms(model, BATCHES[0], layers)
+    error = Deltas.of(model)(layers[0], FORMATS[0]).double()
+    counts = (
+        torch.bincount(BATCHES[0]["input_ids"].flatten(), minlength=61).double() * 2 / forms.tokens["transformer.wte"]
+    )
+    total = 0.0
+    damp = 0.01 * forms.matrix(layers[0])[0].diagonal().mean()
+    for row, count in zip(error, counts, strict=True):
+        own = forms.matrix(layers[0])[0] + count * torch.eye(16, dtype=torch.float64)
+        loss = own.diagonal()
+        if saliency == "obq":
+            loss = 1 / torch.linalg.inv(own + damp * torch.eye(16, dtype=torch.float64)).diagonal() - damp
+        total += float((row.square() * loss).sum()) / 2
+    assert forms.apart(layers[0], error, saliency) == pytest.approx(total, rel=1e-6)
 
 
 class Mixed(nn.Module):
@@ -505,7 +580,7 @@ def test_what_a_format_cannot_hold_is_not_finite(name: str) -> None:
 
 def test_settings_that_make_no_sense_are_refused() -> None:
     for name, settings in (
-        ("layer_hessian", {"saliency": "slim"}), ("layer_hessian", {"relative": "yes"}),
+        ("layer_hessian", {"saliency": "magnitude"}), ("layer_hessian", {"relative": "yes"}),
         ("block_mse", {"relative": 1}), ("isolated_loss", {"direction": "sideways"}),
         ("linearity", {"levels": 0}), ("linearity", {"levels": 1}), ("linearity", {"draws": "2"}),
         ("linearity", {"largest": 0}), ("linearity", {"against": "ppl"}), ("linearity", {"seed": "a"}),

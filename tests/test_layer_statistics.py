@@ -25,7 +25,7 @@ from mpsearch.sensitivity.group_range import GroupRange, range_ratio
 from mpsearch.sensitivity.nncf import CRITERIA, EPSILON, Nncf, activation_criterion, int8_error, one_hot_criterion
 from mpsearch.sensitivity.statistics import matrices, relative_error
 from mpsearch.sensitivity.weight_kl import WeightKl, histogram_kl
-from mpsearch.sensitivity.weight_outlier_ratio import outlier_ratio
+from mpsearch.sensitivity.weight_outlier_ratio import WeightOutlierRatio, outlier_ratio
 from mpsearch.sensitivity.zd import z_share
 from mpsearch.testing.estimators import EstimatorSuite
 from tests.conftest import DATA
@@ -172,6 +172,25 @@ def test_stacked_experts_are_seen_one_by_one() -> None:
     assert torch.equal(turned.float(), weight.transpose(1, 2))
     assert matrices(Layer("c", "conv", (3, 2, 2)), weight[0].reshape(3, 2, 2)).shape == (1, 3, 4)
     assert torch.equal(matrices(Layer("t", "linear", (3, 4), 1), weight[0]).float()[0], weight[0].T)
+
+
+def test_groups_of_a_convolution_are_seen_one_by_one() -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 1, groups=8, bias=False), torch.nn.Conv2d(8, 6, 3, groups=2))
+    model = mp.wrap(module, logits=lambda m, x: m(x))
+    x = torch.randn(2, 8, 4, 4)
+    layers = find_layers(model, [x])
+    assert [layer.groups for layer in layers] == [8, 2]
+    seen = matrices(layers[1], model.weight("1"))
+    assert seen.shape == (2, 3, 36)
+    assert torch.equal(seen[1, 0].float(), model.weight("1")[3].flatten())
+    table = WeightOutlierRatio().score(model, [], layers, [FORMAT])
+    # Every input of a depthwise 1x1 convolution feeds one weight, which stands out of nothing.
+    assert table.value[0, 0] == pytest.approx(relative_error(model, layers[0], FORMAT), rel=1e-12)
+    ratio = float((seen.abs().amax(dim=1) / seen.abs().mean(dim=1)).max())
+    assert table.value[1, 0] == pytest.approx(ratio * relative_error(model, layers[1], FORMAT), rel=1e-12)
+    usage = ExpertUsage().score(model, [x], layers, [FORMAT])
+    assert usage.value[:, 0] == pytest.approx([relative_error(model, layer, FORMAT) for layer in layers], rel=1e-12)
 
 
 # Outputs and inputs.

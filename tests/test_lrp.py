@@ -345,13 +345,19 @@ class Routed(nn.Module):
 
 
 @pytest.mark.parametrize("signs", [(1, 1), (1, -1)])
-def test_an_expert_that_a_sample_skips_is_not_observed(signs: tuple[int, int]) -> None:
+def test_an_expert_that_a_sample_skips_has_no_share_in_it(signs: tuple[int, int]) -> None:
     model = Model(Routed(), logits=lambda m, x: m(x))
     x = torch.ones(2, 2) * torch.tensor(signs)[:, None]
     layers = find_layers(Model(Routed()))
     one = Lrp().score(model, [x], layers, [Format.parse("int4-channel")])
     two = Lrp().score(model, [x[:1], x[1:]], layers, [Format.parse("int4-channel")])
-    assert one.status == two.status == (("ok" if signs[1] == 1 else "not_observed",), ("not_observed",))
+    assert one.status == two.status == (("ok",), ("not_observed" if signs[1] == 1 else "ok",))
+    # All of a sample's relevance goes through its one expert; batches that miss one are left out of its mean.
+    alone = [Lrp().score(model, [x[i : i + 1]], layers, [Format.parse("int4-channel")]).value for i in range(2)]
+    if signs[1] == -1:
+        for i in range(2):
+            assert one.value[i, 0] == pytest.approx(alone[i][i, 0] / 2)
+            assert two.value[i, 0] == pytest.approx(alone[i][i, 0])
 
 
 def test_dead_layers_and_inputs_give_finite_numbers() -> None:

@@ -342,3 +342,29 @@ def test_paired_losses_are_compared_sequence_by_sequence() -> None:
     a, b = with_samples(1.0, 2.0, 3.0), with_samples(1.5, 2.5, 3.5)
     assert difference_error(a, b) == pytest.approx(0.0, abs=1e-12)
     assert difference_error(a, with_samples(1.0)) == pytest.approx(math.hypot(0.5, 0.5))
+
+
+def test_a_plan_by_names_of_layers_or_decisions() -> None:
+    import torch
+    from torch import nn
+
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.out(self.q(x) * self.k(x))
+            return y
+
+    model = mp.wrap(Fused(), logits=lambda m, x: m(x))
+    data = [torch.randn(2, 8)]
+    decisions = [row.name for row in mp.layers(model, data[0]).decisions]
+    assert len(decisions) == 2
+    by_decision = mp.measure(model, dict.fromkeys(decisions, "int4-channel"), data)
+    by_layer = mp.measure(model, dict.fromkeys(("q", "k", "out"), "int4-channel"), data)
+    assert by_decision.loss == by_layer.loss > 0
+    with pytest.raises(mp.InputError, match="leaves out 1 layers, first 'out'"):
+        mp.measure(model, {"q": "bf16", "k": "bf16"}, data)
+    with pytest.raises(mp.InputError, match="no layer of the plan's name 'ou'; did you mean 'out'"):
+        mp.measure(model, {"q": "bf16", "k": "bf16", "ou": "bf16"}, data)

@@ -157,15 +157,15 @@ def test_band_and_sample_are_subsets_of_all(how: str) -> None:
     rows = len(find_layers(model, [batch]).decisions)
     assert len(every) == 4 * math.comb(rows, 2)
     for settings, count in (
-        ({"pairs": "band", "band": 1}, rows - 1),
-        ({"pairs": "band", "band": 3}, 3 * rows - 6),
-        ({"pairs": "sample", "sampled": 7, "seed": 3}, 7),
-        ({"pairs": "sample", "sampled": 10**6}, math.comb(rows, 2)),
+        ({"band": 1}, rows - 1),
+        ({"band": 3}, 3 * rows - 6),
+        ({"sampled": 7, "seed": 3}, 7),
+        ({"sampled": 10**6}, math.comb(rows, 2)),
     ):
         some = pair_keys(mp.interactions(model, [batch], FORMATS[:2], **ask, **settings))
         assert len(some) == 4 * count
         assert all(every[key] == pytest.approx(value, rel=1e-9, abs=0) for key, value in some.items()), settings
-    drawn = [set(pair_keys(mp.interactions(model, [batch], FORMATS[:1], pairs="sample", sampled=7, seed=s, **ask)))
+    drawn = [set(pair_keys(mp.interactions(model, [batch], FORMATS[:1], sampled=7, seed=s, **ask)))
              for s in (0, 0, 1)]  # fmt: skip
     assert drawn[0] == drawn[1] != drawn[2]
 
@@ -329,10 +329,9 @@ def test_what_cannot_be_asked() -> None:
     model, batches, layers = small_classifier()
     for settings in (
         {"how": "exact"},
-        {"pairs": "some"},
         {"against": "mse"},
         {"against": "loss"},
-        {"band": 0, "pairs": "band"},
+        {"band": -1},
         {"sampled": 2.5},
         {"seed": -1},
         {"sketch": True},

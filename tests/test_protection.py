@@ -134,6 +134,15 @@ def test_a_layer_stored_in_fp16_keeps_fp16_and_a_fused_one_goes_by_its_worst() -
     )
 
 
+def test_a_ratio_that_is_not_a_number_protects() -> None:
+    layers = Layers((Layer("a", "linear", (4, 4)), Layer("b", "linear", (4, 4)), Layer("c", "linear", (4, 4))))
+    rule, ratios = Rule("activation_spikes", 5.0), {"a": 7.0, "b": float("nan"), "c": float("inf")}
+    pins = rule.pins(layers, ratios)
+    assert set(pins) == {"a", "b", "c"}
+    text = rule.notice(layers, ratios, pins).message
+    assert text.endswith("pins 'b' (not finite) to bf16, 'c' (not finite) to bf16, 'a' (7) to bf16")
+
+
 def study(planted: Model, folder: Path, **settings: Any) -> mp.Study:
     from mpsearch.api import study as make
 

@@ -55,6 +55,19 @@ def test_outlier_columns_kurtosis_and_massive_activations_are_those_of_the_table
     one_hot[..., 3] = 5.0
     assert seen(one_hot).kurtosis == pytest.approx(TABLE["kurtosis"]["one_hot_n=16"])
     assert seen(torch.full((1, 4, 4), 2.5)).kurtosis == 0.0
+    assert seen(*torch.full((7, 1, 3, 1), 0.1)).kurtosis == 0.0
+
+
+def test_kurtosis_does_not_cancel_far_from_0_and_does_not_depend_on_the_parts() -> None:
+    x = torch.randn(4, 5000, 5, generator=torch.Generator().manual_seed(2)) ** 3 + 1e4
+    apart = x.double() - x.double().mean()
+    exact = float(apart.pow(4).mean() / apart.square().mean() ** 2)
+    assert exact > 20
+    assert seen(x).kurtosis == pytest.approx(exact, rel=1e-9)
+    assert seen(x[:1], x[1:, :7], x[1:, 7:]).kurtosis == pytest.approx(exact, rel=1e-9)
+    plain = torch.randn(1, 100000, 1, generator=torch.Generator().manual_seed(2)) + 1e4
+    assert seen(plain[:, :100], plain[:, 100:]).kurtosis == pytest.approx(3, abs=0.1)
+    assert np.isnan(seen(torch.tensor([[[1.0, np.nan]]])).kurtosis)
 
 
 def test_a_massive_activation_is_over_both_limits() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ from mpsearch.model.quantize import fake_quantize
 from mpsearch.parts import check_apart, split, wholes
 from mpsearch.plan import BitPlan
 from mpsearch.problem import Problem
+from mpsearch.scoring import mark_unreached
 from mpsearch.sensitivity.assemble import Deltas
 from mpsearch.sensitivity.hessian_trace import HessianTrace
+from mpsearch.tables import SensitivityTable
 from mpsearch.testing.estimators import small_classifier
 from tests.conftest import DATA
 from tests.tiny_models import tiny, tiny_experts, tokens
@@ -184,7 +187,7 @@ def test_experts_are_cut_apart(architecture: str) -> None:
 LINEAR, CACHE = Layer("m.fc", "linear", (8, 6)), Layer("m.attn key cache", "kv_cache", (2, 8))
 WRONG: list[tuple[Sequence[Layer], tuple[Any, ...], dict[str, Any], str, str]] = [
     ([LINEAR], ("row", 1), {}, "E113", "by is 'row'"),
-    ([LINEAR], ("output_channel",), {}, "E113", "size is None; give a whole number of output channels"),
+    ([LINEAR], ("output_channel",), {}, "E113", "parts by output_channel need a size"),
     ([LINEAR], ("group", 0), {}, "E113", "size is 0"),
     ([LINEAR], ("input_channel", True), {}, "E113", "size is True"),
     ([LINEAR], ("input_channel", 2.0), {}, "E113", "size is 2.0"),
@@ -197,7 +200,7 @@ WRONG: list[tuple[Sequence[Layer], tuple[Any, ...], dict[str, Any], str, str]] =
     ([CACHE], ("head", 8), {}, "E122", "no layer can be cut"),
     ([LINEAR, CACHE], ("head", 8), {"only": "*cache"}, "E122", "is a KV cache: its format holds for all heads"),
     ([LINEAR.part((0, 2))], ("output_channel", 1), {}, "E122", "is a part already"),
-    ([Layer("q_proj", "linear", (10, 6))], ("head",), {}, "E113", "size is None; give a whole number of the channels"),
+    ([Layer("q_proj", "linear", (10, 6))], ("head",), {}, "E113", "parts by head need a size"),
     ([Layer("q_proj", "linear", (10, 6))], ("head", 4), {}, "E122", "its 10 output channels are no whole number"),
     ([Layer("o_proj", "linear", (8, 6))], ("head", 4), {}, "E122", "its 6 columns"),
     (
@@ -414,7 +417,8 @@ def test_scores_of_output_channels_add_up(name: str, llama: Model, batches: list
     layers = mp.layers(llama, ties="none")
     whole = mp.score(llama, batches, menu, name, layers=layers, **ADDITIVE[name])
     parts = mp.score(llama, batches, menu, name, layers=split(layers, "output_channel", 20), **ADDITIVE[name])
-    found = sums(parts)
+    # Rows of tokens that do not occur have no score.
+    found = sums(replace(parts, value=np.nan_to_num(parts.value), status=()))
     assert len(parts.layers) > 2 * len(whole.layers)
     for layer, value in zip(whole.layers, whole.value, strict=True):
         assert found[layer] == pytest.approx(value, rel=1e-6)
@@ -631,6 +635,51 @@ def test_convolutions_in_groups_and_linears_move_their_outputs_alike_in_both_way
     assert a.value[1, 0] == pytest.approx(float(seen[0].square().sum()) / positions, rel=1e-5)
 
 
+def test_parts_that_no_token_reaches_are_not_called_harmless() -> None:
+    model = tiny_experts("GptOss")
+    data = [{"input_ids": torch.full((1, 4), word)} for word in (5, 9)]
+    layers = mp.layers(model, data[0], ties="none")
+    experts = split(layers, "expert", only="*.gate_up_proj")
+    rows = split(layers, "output_channel", 1, only="model.embed_tokens")
+    router = next(module for name, module in model.module.named_modules() if name.endswith(".router"))
+    # Two of four experts, always the same ones.
+    router.bias.data += torch.tensor([100.0, 0.0, 100.0, 0.0])
+    menu = ["bf16", "int4-channel"]
+    for name in ("fisher", "divergence", "grad_x_weight"):
+        table = mp.score(model, data, menu, name, layers=experts)
+        status = [table.status[i][1] for i, x in enumerate(experts) if x.is_part]
+        assert status == ["ok", "not_observed", "ok", "not_observed"]
+        assert {row[0] for row in table.status} == {"ok"}
+        assert {row[1] for row, x in zip(table.status, experts, strict=True) if not x.is_part} == {"ok"}
+        assert [np.isnan(x) for x in table.value[:, 1]] == [row[1] != "ok" for row in table.status]
+        assert np.isnan(table.spread[[row[1] != "ok" for row in table.status], 1]).all()
+    for name in ("fisher", "divergence", "grad_x_weight", "output_mse"):
+        table = mp.score(model, data, menu, name, layers=Layers(tuple(x for x in rows if x.is_part)))
+        assert [i for i, row in enumerate(table.status) if row[1] == "ok"] == [5, 9]
+    # What looks at weights alone knows them all.
+    assert {x for row in mp.score(model, data, menu, "weight_mse", layers=experts).status for x in row} == {"ok"}
+
+
+def test_parts_that_one_batch_reaches_are_reached() -> None:
+    model = tiny_experts("GptOss")
+    data = [{"input_ids": torch.full((1, 4), word)} for word in (5, 9)]
+    layers = mp.layers(model, data[0], ties="none")
+    rows = Layers(tuple(x for x in split(layers, "output_channel", 1, only="model.embed_tokens") if x.is_part)[5:10])
+    menu = parse_formats(["int4-channel"])
+    together = mp.score(model, data, ["int4-channel"], "fisher", layers=rows)
+    fisher = registry.make("estimators", "fisher")
+    apart = [mark_unreached(fisher.score(model, [batch], rows, menu), rows, menu, fisher) for batch in data]
+    assert [[row[0] == "ok" for row in table.status] for table in apart] == [
+        [True, False, False, False, False],
+        [False, False, False, False, True],
+    ]
+    merged = SensitivityTable.mean(apart)
+    assert merged.status == together.status
+    assert np.array_equal(merged.value, together.value, equal_nan=True)
+    assert np.array_equal(merged.spread, together.spread, equal_nan=True)
+    assert merged.source["pooled"] == {rows[0].name: [1, 2], rows[4].name: [1, 2]}
+
+
 def test_parts_of_an_embedding_and_of_experts_are_scored(batches: list[Any]) -> None:
     model = tiny_experts("GptOss")
     layers = mp.layers(model, batches[0], ties="none")
@@ -645,7 +694,7 @@ def test_parts_of_an_embedding_and_of_experts_are_scored(batches: list[Any]) -> 
     hessian = mp.score(model, batches, ["int3-channel"], "layer_hessian", layers=words)
     for i, layer in enumerate(words):
         if layer.is_part:
-            assert table.value[i, 0] == pytest.approx(hessian.value[i, 0], rel=1e-4)
+            assert table.value[i, 0] == pytest.approx(hessian.value[i, 0], rel=1e-4, nan_ok=True)
 
 
 # Planning.

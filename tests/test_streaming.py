@@ -172,7 +172,13 @@ def test_masks_of_padding(plain: Path) -> None:
     for batch in batches:
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
         batch["attention_mask"][0, :5] = 0
-    assert_same(*both(plain, batches, FORMATS, "output_mse"))
+    for streaming in (False, True):
+        with pytest.raises(InputError, match=r"E515.*attention_mask holds zeros"):
+            mp.score(plain, batches, FORMATS, "output_mse", streaming=streaming)
+    # Masks reach the blocks all the same.
+    estimator, menu, model = registry.make("estimators", "output_mse"), parse_formats(FORMATS), load_model(plain)
+    inside = estimator.score(model, batches, find_layers(model, batches), menu)
+    assert_same(inside, Stream(plain).score(estimator, batches, menu))
 
 
 def test_formats_made_from_calibration_data(plain: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mpsearch.cli.options import DEFAULT_STORAGE, Json, Quiet, Storage, Workers, open_study, worker_count
+from mpsearch.errors import UsageError
 
 if TYPE_CHECKING:
     from mpsearch.studying import Study
@@ -21,7 +22,7 @@ def estimators(
     only: Annotated[list[str] | None, typer.Option("--only", help="Only this estimator; again for more.")] = None,
     plans: Annotated[int, typer.Option(help="Random plans that are measured.")] = 100,
     sizes: Annotated[int, typer.Option(help="At how many sizes plans are drawn and chosen.")] = 5,
-    limit: Annotated[float, typer.Option(help="Seconds on one core an estimator may take.")] = 60.0,
+    limit: Annotated[float, typer.Option(help="Seconds that an estimator should take.")] = 60.0,
     storage: Storage = DEFAULT_STORAGE,
     workers: Workers = None,
     quiet: Quiet = False,
@@ -33,9 +34,15 @@ def estimators(
 
     mpsearch estimators tiny-llama --plans 100
     """
-    from mpsearch.cli.show import console, estimators_table, tournament_table
+    from mpsearch.cli.show import console, estimators_table, tournament_notes, tournament_table
 
     if not study:
+        if only or (plans, sizes, limit) != (100, 5, 60.0):
+            raise UsageError(
+                "E115",
+                "--only, --plans, --sizes and --limit are for estimators that compete",
+                advice="name a study: mpsearch estimators STUDY --only fisher",
+            )
         rows = list(_catalogue())
         if as_json:
             sys.stdout.write(json.dumps(rows, indent=1) + "\n")
@@ -54,8 +61,8 @@ def estimators(
         return
     out = console()
     out.print(tournament_table(outcome))
-    for sentence in outcome.sentences:
-        out.print(sentence)
+    for line in [*tournament_notes(outcome), "", *outcome.sentences]:
+        out.print(line)
 
 
 def _study(name: str, storage: str, workers: int | None) -> Study:

@@ -14,8 +14,8 @@ from rich.text import Text
 from mpsearch.front import Measurement, ParetoFront
 from mpsearch.layer import Layers
 from mpsearch.plan import BitPlan
+from mpsearch.standings import Tournament
 from mpsearch.studying import Study
-from mpsearch.tournament import Tournament
 from mpsearch.verdict import best_uniform, gain
 
 # Control characters and the marks that turn the direction of text could forge what a terminal shows.
@@ -168,13 +168,13 @@ def tournament_table(outcome: Tournament) -> Table:
     table = _table(
         f"Estimators against {outcome.plans} measured random plans of {len(outcome.sizes)} sizes",
         ("estimator", "left"),
-        ("its plans lose", "right"),
-        ("rank correlation", "right"),
+        ("plans lose", "right"),
+        ("correlation", "right"),
         ("95 %", "right"),
         ("same size", "right"),
         ("seconds", "right"),
-        ("", "left"),
     )
+    table.columns[0].min_width = 2 + max(len(entry.estimator) for entry in outcome.entries)
     for entry in outcome.entries:
         c = entry.correlation
         mark = "► " if entry.estimator == outcome.recommended else "  "
@@ -185,14 +185,17 @@ def tournament_table(outcome: Tournament) -> Table:
             "" if c is None else f"{c.low:.3f} to {c.high:.3f}",
             "" if c is None else f"{c.within:.2f}",
             f"{entry.seconds:.2f}" if entry.seconds else "",
-            Text(safe(entry.why_not)),
         )
-    table.caption = (
-        "its plans lose: more than the best plan measured at each size, on average. same size: rank correlation among "
-        "plans of one size.\nseconds: of scoring, on one core."
-    )
-    table.caption_justify = "left"
     return table
+
+
+def tournament_notes(outcome: Tournament) -> list[str]:
+    """What the columns mean, and who did not take part, or not in full."""
+    return [
+        "plans lose: how much more than the best plan measured at each size, on average. correlation: rank correlation "
+        "of predicted and measured losses; same size: among plans of one size. seconds: of scoring, on one core.",
+        *(f"{entry.estimator}: {safe(entry.why_not)}" for entry in outcome.entries if entry.why_not),
+    ]
 
 
 def plan_table(plan: BitPlan) -> Table:

@@ -19,6 +19,7 @@ from mpsearch.model.model import Model, load_model
 from mpsearch.model.source import source_digest
 from mpsearch.model.threads import one_thread
 from mpsearch.plan import BitPlan
+from mpsearch.scoring import mark_unreached
 from mpsearch.tables import SensitivityTable
 from mpsearch.tasks import Failed, MeasureTask, RatioTask, ScoreTask, Setup, Survey, SurveyTask, Task
 
@@ -126,8 +127,9 @@ class Workbench:
         wanted = set(task.decisions)
         layers = [x for row in decisions(self.layers) if not wanted or row.name in wanted for x in row.layers]
         batches = self.calibration if task.batch is None else self._batch(task.batch)
-        table: SensitivityTable = estimator.score(self.model, batches, layers, [Format.parse(f) for f in task.formats])
-        return table
+        formats = [Format.parse(f) for f in task.formats]
+        table: SensitivityTable = estimator.score(self.model, batches, layers, formats)
+        return mark_unreached(table, layers, formats, estimator)
 
     def _batch(self, i: int) -> Sequence[Any]:
         # The same object each time, for what is remembered of a batch is remembered by identity.

@@ -37,19 +37,20 @@ def _is_transposed(module: nn.Module) -> bool:
 class _Use:
     """What the forward passes showed of a module.
 
-    Tensors are held during a pass only, because a freed tensor's identity could come back as another's; afterwards
-    their identities in the first pass are enough.
+    Tensors are held during a pass only, and a freed tensor's identity can come back as another's. So what was read is
+    kept with the number of the pass, the first that called the module: identities of two passes say nothing.
     """
 
     calls: int = 0
     macs: int = 0
     routed: int = 0
     inputs: list[Tensor] = field(default_factory=list)
-    read: tuple[int, ...] = ()
+    read: tuple[int, tuple[int, ...]] | None = None
 
-    def close(self) -> None:
+    def close(self, number: int) -> None:
         """End a pass."""
-        self.read = self.read or tuple(id(x) for x in self.inputs)
+        if self.read is None and self.inputs:
+            self.read = number, tuple(id(x) for x in self.inputs)
         self.inputs.clear()
 
 
@@ -220,10 +221,10 @@ def _watch_forward(model: Model, batches: Sequence[Batch]) -> dict[str, _Use]:
             used[path] = _Use()
             handles.append(module.register_forward_hook(_watcher(used[path]), with_kwargs=True))
     try:
-        for example in examples:
+        for number, example in enumerate(examples):
             _run(model, example)
             for use in used.values():
-                use.close()
+                use.close(number)
     finally:
         for handle in handles:
             handle.remove()
@@ -271,10 +272,10 @@ def _tie(found: Layers, used: dict[str, _Use], ties: Ties) -> Layers:
 
 
 def _fused(found: Layers, used: dict[str, _Use]) -> list[list[str]]:
-    groups: dict[tuple[str, tuple[int, ...], int], list[str]] = {}
+    groups: dict[tuple[str, tuple[int, tuple[int, ...]], int], list[str]] = {}
     for layer in found:
         use = used.get(layer.name)
-        if layer.kind != "linear" or layer.shared or use is None or not use.read:
+        if layer.kind != "linear" or layer.shared or use is None or use.read is None:
             continue
         parent = layer.name.rpartition(".")[0]
         groups.setdefault((parent, use.read, layer.out_axis), []).append(layer.name)

@@ -157,7 +157,14 @@ class Model:
                     "E514",
                     f"the loss of model '{self.name}' is {given}, not one number",
                     because="models of Hugging Face give None without labels" if loss is None else "",
-                    advice="give the mean over the batch; batches need labels when the loss does",
+                    advice="return a tensor of one number, the mean over the batch",
+                )
+            if torch.is_grad_enabled() and not loss.requires_grad:
+                raise InputError(
+                    "E514",
+                    f"the loss of model '{self.name}' has no gradient",
+                    because="it was detached, or is made of whole numbers or constants",
+                    advice="return what can be differentiated, or take an estimator without gradients",
                 )
             return loss
         if self.tokens:

@@ -299,6 +299,7 @@ def _join(tables: Sequence[SensitivityTable], rows: Sequence[Decision]) -> Sensi
     place = {name: (table, i) for table in tables for i, name in enumerate(table.layers)}
     found = [place[row.name] for row in rows]
     first = tables[0]
+    pooled = {name: known for table in tables for name, known in table.source.get("pooled", {}).items()}
     return SensitivityTable(
         tuple(row.name for row in rows),
         first.formats,
@@ -307,5 +308,5 @@ def _join(tables: Sequence[SensitivityTable], rows: Sequence[Decision]) -> Sensi
         first.unit,
         tuple(table.status[i] for table, i in found),
         max(table.samples for table in tables),
-        first.source,
+        {**first.source, **({"pooled": pooled} if pooled else {})},
     )

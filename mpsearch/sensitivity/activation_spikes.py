@@ -7,19 +7,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import InputError
 from mpsearch.format import Format
 from mpsearch.formats.activation import Activation
 from mpsearch.layer import Decision, Layer
-from mpsearch.model.activations import Range, round_input
-from mpsearch.model.evidence import Calibration, channel_axis
+from mpsearch.model.activations import round_input
+from mpsearch.model.evidence import channel_axis
 from mpsearch.model.model import Model
 from mpsearch.protection import THRESHOLD
 from mpsearch.sensitivity.assemble import Cell, build_table, mean_cell
-from mpsearch.sensitivity.statistics import Inputs, observe, relative_error, runs, sequences_of, spike_ratio
+from mpsearch.sensitivity.statistics import (
+    Inputs,
+    observe,
+    relative_error,
+    runs,
+    sequences_of,
+    spike_ratio,
+    squared,
+    static_ranges,
+)
 from mpsearch.tables import SensitivityTable
 
 #: A massive activation is over this, and over this many times the median size.
@@ -63,12 +71,15 @@ class SpikeReport:
 def flagged(report: Sequence[SpikeReport], threshold: float = THRESHOLD) -> tuple[str, ...]:
     """Name the layers to keep in high precision: those whose ratio is over the threshold, greatest first.
 
+    A ratio that is not a number (an input was not finite) counts as the greatest.
+
     >>> made = [SpikeReport(name, ratio, 8, None, (), 3.0, ()) for name, ratio in (("a", 2.0), ("b", 9.0))]
     >>> flagged(made), flagged(made, threshold=1.5)
     (('b',), ('b', 'a'))
     """
-    found = [row for row in report if row.ratio > threshold]
-    return tuple(row.layer for row in sorted(found, key=lambda row: -row.ratio))
+    ratios = {row.layer: math.inf if math.isnan(row.ratio) else row.ratio for row in report}
+    found = [name for name, ratio in ratios.items() if ratio > threshold]
+    return tuple(sorted(found, key=lambda name: -ratios[name]))
 
 
 @dataclass(frozen=True)
@@ -149,7 +160,7 @@ class ActivationSpikes:
         return SensitivityTable.mean([self._one(model, batch, layers, formats) for batch in batches])
 
     def _one(self, model: Model, batch: Any, layers: Sequence[Layer], formats: Sequence[Format]) -> SensitivityTable:
-        ranges = _ranges(model, layers, formats)
+        ranges = static_ranges(model, layers, formats)
         ratios: dict[str, list[float]] = {}
         energy: dict[str, float] = {}
         errors: dict[tuple[str, Format], float] = {}
@@ -160,11 +171,11 @@ class ActivationSpikes:
                 return
             scales = sequences_of(module, x).abs().amax(dim=-1)
             ratios.setdefault(layer.name, []).extend(spike_ratio(row) for row in scales)
-            energy[layer.name] = energy.get(layer.name, 0.0) + _squared(x)
+            energy[layer.name] = energy.get(layer.name, 0.0) + squared(x)
             for fmt in formats:
                 if isinstance(fmt.activation, Activation) and not fmt.refuses(layer):
                     rounded = round_input(x, fmt.activation, channel_axis(module), ranges.get((layer.name, fmt)))
-                    errors[layer.name, fmt] = errors.get((layer.name, fmt), 0.0) + _squared(rounded - x)
+                    errors[layer.name, fmt] = errors.get((layer.name, fmt), 0.0) + squared(rounded - x)
 
         observe(model, batch, layers, see)
 
@@ -188,6 +199,7 @@ class ActivationSpikes:
 def massive_places(x: Tensor) -> list[int]:
     """Flat positions of the numbers over 100 and at least 1000 times the median size.
 
+    >>> import torch
     >>> massive_places(torch.tensor([0.2, -250.0, 0.3, 0.1]))
     [1]
     """
@@ -201,17 +213,3 @@ def _spike(x: Tensor, place: int, batch: int) -> Spike:
     sequence, rest = divmod(place, x.shape[1] * x.shape[2])
     token, channel = divmod(rest, x.shape[2])
     return Spike(batch, sequence, token, channel, float(x.flatten()[place]))
-
-
-def _ranges(model: Model, layers: Sequence[Layer], formats: Sequence[Format]) -> dict[tuple[str, Format], Range]:
-    """Find static ranges now: that may run the model, which must not be watched then."""
-    return {
-        (layer.name, fmt): Calibration.of(model).input_range(layer, fmt.activation)
-        for layer in layers
-        for fmt in formats
-        if isinstance(fmt.activation, Activation) and fmt.activation.static and not fmt.refuses(layer)
-    }
-
-
-def _squared(x: Tensor) -> float:
-    return float(x.square().sum(dtype=torch.float64))

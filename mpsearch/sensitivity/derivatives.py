@@ -84,6 +84,11 @@ def dot(a: Tensor, b: Tensor) -> float:
     return float((a.double() * b.double()).sum())
 
 
+def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Independent random signs of a tensor's shape, float32."""
+    return torch.randint(0, 2, like.shape, generator=generator, dtype=torch.float32).mul_(2).sub_(1)
+
+
 def check_product(estimator: str, product: str, step: float) -> None:
     """Refuse a way of taking derivatives that there is not (E113)."""
     if product not in ("double_backward", "finite_difference"):

@@ -15,7 +15,7 @@ from mpsearch.format import Format
 from mpsearch.layer import Decision, Layer
 from mpsearch.model.model import Model
 from mpsearch.sensitivity.assemble import Cell, Deltas, build_table, mean_cell
-from mpsearch.sensitivity.statistics import matrices, run, runs
+from mpsearch.sensitivity.statistics import matrices, relative, relative_error, run, runs
 from mpsearch.tables import SensitivityTable
 
 
@@ -105,9 +105,11 @@ def _times(share: float, error: float) -> float:
 
 def _errors(model: Model, layer: Layer, fmt: Format) -> list[float]:
     """Relative squared error of each expert of a layer."""
+    if layer.kind != "expert":
+        return [relative_error(model, layer, fmt)]
     lost = matrices(layer, Deltas.of(model)(layer, fmt)).square().sum(dim=(1, 2))
     norms = matrices(layer, model.weight(layer.name)).square().sum(dim=(1, 2))
-    return [float(a) / float(b) if float(a) else 0.0 for a, b in zip(lost, norms, strict=True)]
+    return [relative(float(a), float(b)) for a, b in zip(lost, norms, strict=True)]
 
 
 @dataclass

@@ -102,7 +102,7 @@ class Fisher:
         errors = ReadErrors(model, batch, layers, formats, lambda: self._run(model, reads, batch))
         generator = torch.Generator().manual_seed(batch_seed(self.seed, batch))
         values: dict[tuple[str, Format], list[float]] = {}
-        unused: set[str] = set()
+        reached: set[str] = set()
         seen = called(model, batch, layers)
         moved: list[dict[tuple[str, Format], float]] = []
         for sample in samples_of(batch):
@@ -110,17 +110,17 @@ class Fisher:
             by_name = {layer.name: square for layer, square in zip(whole, squares, strict=True)}
             for layer, square in zip(weights, cut(weights, by_name), strict=True):
                 # An expert can be called without tokens: nothing is known of it, though its gradient is 0.
-                if square is None or (layer.name not in seen and not bool(square.any())):
-                    unused.add(layer.name)
-                    continue
+                if square is not None and (layer.name in seen or bool(square.any())):
+                    reached.add(layer.name)
                 for fmt in formats:
                     if not fmt.refuses(layer):
-                        weighted = 0.5 * float((square * deltas.own(layer, fmt).square()).sum(dtype=torch.float64))
+                        weighted = 0.0 if square is None else _weighted(square, deltas.own(layer, fmt))
                         values.setdefault((layer.name, fmt), []).append(weighted)
             moved.append(_moved(reads, errors, read_squares, formats))
 
         def cell(decision: Decision, fmt: Format) -> Cell:
-            if any(layer.name in unused for layer in decision.layers):
+            # In nats, a sample that does not use a layer takes no harm from it.
+            if any(layer.kind != "kv_cache" and layer.name not in reached for layer in decision.layers):
                 return Cell(status="not_observed")
             assert offered(decision, fmt)
             parts = [values[x.name, fmt] for x in decision.layers if x.kind != "kv_cache"]
@@ -168,6 +168,10 @@ class Fisher:
                     total = totals[i]
                     totals[i] = square if total is None else total.add_(square)
         return totals[: len(layers)], totals[len(layers) :]
+
+
+def _weighted(square: Tensor, delta: Tensor) -> float:
+    return 0.5 * float((square * delta.square()).sum(dtype=torch.float64))
 
 
 def _moved(

@@ -17,7 +17,7 @@ from mpsearch.model.apply import swapped
 from mpsearch.model.model import Model
 from mpsearch.parts import wholes
 from mpsearch.sensitivity.assemble import Cell, Deltas, batch_seed, build_table, mean_cell
-from mpsearch.sensitivity.derivatives import Curvature, cut, gradients, math_attention, own_weight
+from mpsearch.sensitivity.derivatives import Curvature, cut, gradients, math_attention, own_weight, random_signs
 from mpsearch.sensitivity.input_trace import InputTrace
 from mpsearch.sensitivity.low_rank_trace import exact_trace, hutch_plus_plus, xtrace
 from mpsearch.tables import SensitivityTable
@@ -50,7 +50,8 @@ class HessianTrace:
     they can be dearer: compare both by seconds x variance (benchmarks/RESULTS.md).
     ``product="finite_difference"`` takes the difference of two gradients, [g(w + h v) - g(w)] / h: no second graph, any
     attention kernel; its error from the third derivative is odd in v, so it has mean zero, and h is halved until the
-    first probe changes by less than 5 %. ``"double_backward"`` differentiates the gradient, with no step to choose.
+    first probe changes by less than 5 %; where no step settles, that batch is differentiated twice instead.
+    ``"double_backward"`` differentiates the gradient, with no step to choose.
 
     ``method="hutch++"`` and ``"xtrace"`` (`mpsearch.sensitivity.low_rank_trace`) find the large eigenvalues of each
     layer first, so they need ``probing="layer"``; ``probes`` are then the products per layer and batch, all of them
@@ -241,7 +242,13 @@ class HessianTrace:
     ) -> Iterator[list[float]]:
         if self.product == "finite_difference":
             yield from self._by_difference(model, batch, layers, generator)
-            return
+        else:
+            yield from self._twice(model, batch, layers, generator)
+
+    def _twice(
+        self, model: Model, batch: Any, layers: Sequence[Layer], generator: torch.Generator
+    ) -> Iterator[list[float]]:
+        """Products by differentiating the gradient."""
         whole = wholes(layers)
         weights = [model.weight(layer.name) for layer in whole]
         with math_attention():
@@ -304,9 +311,7 @@ class HessianTrace:
             if settled:
                 break
         else:
-            raise InputError(
-                "E516", "hessian_trace: the finite difference does not settle", advice='set product = "double_backward"'
-            )
+            yield from self._twice(model, batch, layers, generator)
         while True:
             yield _sums(layers, products, step)
             signs = [random_signs(weight, generator) for weight in weights]
@@ -320,8 +325,3 @@ def _sums(layers: Sequence[Layer], products: Mapping[str, Tensor], step: float =
     """
     found = [None if x is None else float(x.sum(dtype=torch.float64)) / step for x in cut(layers, products)]
     return [math.nan if x is None else x if math.isfinite(x) else math.inf for x in found]
-
-
-def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Independent random signs of a tensor's shape, float32."""
-    return torch.randint(0, 2, like.shape, generator=generator, dtype=torch.float32).mul_(2).sub_(1)

@@ -17,7 +17,7 @@ from mpsearch.layer import Layer
 from mpsearch.model.model import Model, samples_of
 from mpsearch.sensitivity.activation_curvature import ReadErrors, Reads, rounds
 from mpsearch.sensitivity.assemble import Cell, batch_seed, mean_cell
-from mpsearch.sensitivity.derivatives import dot, math_attention
+from mpsearch.sensitivity.derivatives import dot, math_attention, random_signs
 
 #: Change of a finite difference on halving its step, relative to the sum over inputs, that counts as settled.
 _SETTLED = 0.05
@@ -100,10 +100,7 @@ class InputTrace:
 
     def _draws(self, like: Sequence[Tensor], generator: torch.Generator) -> Iterator[list[Tensor]]:
         while True:
-            yield [
-                torch.randint(0, 2, x.shape, generator=generator, dtype=torch.float32).mul_(2).sub_(1).to(x.device)
-                for x in like
-            ]
+            yield [random_signs(x, generator).to(x.device) for x in like]
 
     def _settled(
         self, curvature: _Curvature, signs: list[Tensor], groups: list[list[int]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,14 @@ from mpsearch.model.model import Model
 from mpsearch.model.reads import input_of
 from mpsearch.parts import wholes
 from mpsearch.sensitivity.assemble import Cell, Deltas, build_table
+from mpsearch.sensitivity.saliency import compensated
+from mpsearch.sensitivity.statistics import relative
 from mpsearch.tables import SensitivityTable
 
 #: Weights of a layer that are multiplied in float64 at once.
 _AT_ONCE = 2**24
+
+Saliency = Literal["format", "gptq", "owq", "obq"]
 
 
 @dataclass(frozen=True)
@@ -39,15 +43,23 @@ class LayerHessian:
     from the calibration data, as the format with ``-gptq`` ships them. Other formats, and layers that GPTQ
     cannot take, are rounded as they are.
 
-    Bias: none in the local error; blind to what becomes of it behind the layer. Standard error: from batch to batch.
+    Two take each weight's error by itself, 1/2 sum_ij c_j D_ij^2. ``owq``: c_j = H_jj, every column rounded alone: what
+    is expected when the errors of columns are independent. ``obq``: c_j = 1 / [H^-1]_jj, every weight rounded alone
+    while its row makes good what it can (`compensated`, with 0.01 of H's mean diagonal as damping): never more than
+    ``owq``, and the same for inputs that do not correlate. An embedding's lookups do not correlate.
+
+    Bias: none in the local error, but ``owq`` and ``obq`` leave out how the errors of columns meet; blind to what
+    becomes of it behind the layer. Standard error: from batch to batch.
     Cost: one forward pass, per format rows x columns x min(N, columns) multiplications, and for all layers at once
-    8 columns^2 bytes each (float64), or 4 N columns where N is smaller; an embedding takes one count per row.
+    8 columns^2 bytes each (float64), or 4 N columns where N is smaller; an embedding takes one count per row. ``obq``
+    inverts each layer's matrix, one at a time.
     Stacked experts have inputs of their own: not observed.
-    Sources: GPTQ (Frantar et al. 2023, arXiv:2210.17323), Optimal Brain Compression (Frantar and Alistarh 2022).
+    Sources: GPTQ (Frantar et al. 2023, arXiv:2210.17323), Optimal Brain Compression (Frantar and Alistarh 2022), OWQ
+    (Lee et al. 2024, arXiv:2306.02272), whose scores of columns add up to twice ``owq``.
 
     Attributes:
         relative: divide by the squared output.
-        saliency: ``format`` (as the format rounds) or ``gptq``.
+        saliency: ``format`` (as the format rounds), ``gptq``, ``owq`` or ``obq``.
 
     >>> import torch, mpsearch as mp
     >>> model = mp.wrap(torch.nn.Linear(1, 2, bias=False), logits=lambda m, x: m(x))
@@ -58,7 +70,7 @@ class LayerHessian:
     """
 
     relative: bool = True
-    saliency: Literal["format", "gptq"] = "format"
+    saliency: Saliency = "format"
     by: ClassVar[Literal["cell", "batch"]] = "batch"
     covers: ClassVar[Sequence[str]] = ("weights",)
     parts: ClassVar[bool] = True
@@ -70,8 +82,10 @@ class LayerHessian:
     def __post_init__(self) -> None:
         if not isinstance(self.relative, bool):
             raise InputError("E113", f"layer_hessian: relative is {self.relative!r}; give true or false")
-        if self.saliency not in ("format", "gptq"):
-            raise InputError("E113", f"layer_hessian: saliency is {self.saliency!r}; give 'format' or 'gptq'")
+        if self.saliency not in get_args(Saliency):
+            raise InputError(
+                "E113", f"layer_hessian: saliency is {self.saliency!r}; give 'format', 'gptq', 'owq' or 'obq'"
+            )
 
     def refuses(self, model: Model) -> str:
         return "" if model.has_logits or model.has_loss else "it needs logits or a loss to run the model"
@@ -87,13 +101,15 @@ class LayerHessian:
         norms: dict[str, float] = {}
 
         def part(layer: Layer, fmt: Format) -> float:
-            error = forms.half(layer, deltas.own(layer, self._rounded(layer, fmt)))
+            moved = deltas.own(layer, self._rounded(layer, fmt))
+            alone = self.saliency in ("owq", "obq")
+            error = forms.apart(layer, moved, self.saliency) if alone else forms.half(layer, moved)
             if not self.relative or error == 0:
                 return error
             if layer.owner not in norms:
                 norms[layer.owner] = forms.half(layer.whole, model.weight(layer.name).detach())
             whole = norms[layer.owner]
-            return error / whole if whole else float("inf")
+            return relative(error, whole)
 
         def cell(decision: Decision, fmt: Format) -> Cell:
             if any(not forms.tokens.get(layer.owner) for layer in decision.layers):
@@ -121,6 +137,7 @@ class InputForms:
         self.tokens: dict[str, int] = {}
         self._inputs: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
+        self._apart: dict[tuple[str, str], Tensor] = {}
         handles = [
             model.holder(name).register_forward_hook(self._watch(layer), with_kwargs=True)
             for layer in wholes(layers)
@@ -190,3 +207,48 @@ class InputForms:
                 counts = lookups[first + start : first + start + len(rows)]
                 total += float(counts @ rows.square_().sum(dim=1))
         return total / self.tokens[whole.name]
+
+    def matrix(self, layer: Layer) -> Tensor:
+        """Return ``H = 2 X X^T / N`` of what a whole layer was multiplied with: (groups, columns, columns), float64.
+
+        Without what was looked up in it, of which every row has its own.
+        """
+        form, kept = self._sums.get(layer.name), self._inputs.get(layer.name)
+        total = torch.zeros(layer.groups, layer.columns, layer.columns, dtype=torch.float64) if form is None else form
+        if kept is not None:
+            wide = kept.double()
+            total = total.to(wide.device) + wide.transpose(1, 2) @ wide
+        return total * (2 / self.tokens[layer.name])
+
+    def apart(self, layer: Layer, error: Tensor, saliency: Saliency) -> float:
+        """Return ``1/2 sum_ij c_j D_ij^2``, ``c`` that of ``owq`` or ``obq``.
+
+        Args:
+            layer: a layer, or a part of one.
+            error: in the layer's shape.
+            saliency: ``owq`` or ``obq``.
+        """
+        whole = layer.whole
+        if layer.is_part and layer.groups > 1:
+            return self.apart(whole, put({layer: error}, error.new_zeros(layer.of_shape)), saliency)
+        loss = self._columns(whole, saliency)[..., slice(*(layer.inputs or (None,)))]
+        if loss.shape[1] > 1:
+            loss = loss[:, slice(*(layer.channels or (None,)))]
+        turned = error.movedim(layer.out_axis, 0).reshape(layer.groups, -1, layer.columns).double()
+        return float(turned.square_().mul_(loss.to(turned.device)).sum()) / 2
+
+    def _columns(self, layer: Layer, saliency: Saliency) -> Tensor:
+        """Loss per squared error: (groups, 1 or the rows where each has its own, columns)."""
+        key = layer.name, saliency
+        if key not in self._apart:
+            counts = self._sums.get(f"{layer.name} lookups")
+            lookups = None if counts is None else counts * (2 / self.tokens[layer.name])
+            called = layer.name in self._sums or layer.name in self._inputs
+            if lookups is not None and not called:
+                self._apart[key] = lookups[None, :, None].expand(1, -1, layer.columns)
+            elif saliency == "obq":
+                self._apart[key] = compensated(self.matrix(layer), lookups)
+            else:
+                diagonal = self.matrix(layer).diagonal(dim1=1, dim2=2).unsqueeze(1)
+                self._apart[key] = diagonal if lookups is None else diagonal + lookups[None, :, None]
+        return self._apart[key]

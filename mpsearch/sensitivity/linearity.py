@@ -16,8 +16,9 @@ from mpsearch.layer import Decision, Layer
 from mpsearch.model.apply import Change
 from mpsearch.model.digest import digest_of
 from mpsearch.model.model import Model
-from mpsearch.sensitivity.assemble import Cell, Deltas, batch_seed, build_table, offered
+from mpsearch.sensitivity.assemble import Cell, batch_seed, build_table, offered
 from mpsearch.sensitivity.harm import AGAINST, Against, Harm, called, refusal
+from mpsearch.sensitivity.statistics import relative_error
 from mpsearch.spread import student_factor
 from mpsearch.tables import SensitivityTable
 
@@ -91,7 +92,7 @@ class Linearity:
     against: Against = "kl"
     by: ClassVar[Literal["cell", "batch"]] = "batch"
     covers: ClassVar[Sequence[str]] = ("weights",)
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     cost: ClassVar[str] = "4 forwards per layer"
     needs: ClassVar[Sequence[str]] = ("data", "logits")
 
@@ -174,13 +175,6 @@ def _predicted(alphas: Mapping[str, Slope], errors: Mapping[str, float]) -> Cell
     parts = [(alphas.get(name, unknown), error) for name, error in errors.items() if error]
     spread = math.sqrt(math.fsum((alpha.error * error) ** 2 for alpha, error in parts))
     return Cell(math.fsum(alpha.value * error for alpha, error in parts), spread)
-
-
-def relative_error(model: Model, layer: Layer, fmt: Format) -> float:
-    """Squared rounding error of a layer over its squared weights; 0 where nothing is moved, NaN where it cannot be."""
-    error = float(Deltas.of(model)(layer, fmt).square().sum(dtype=torch.float64))
-    norm = float(model.weight(layer.name).detach().square().sum(dtype=torch.float64))
-    return error / norm if error and norm else (0.0 if error == 0 else math.inf)
 
 
 def _noise(weight: Tensor, size: float, generator: torch.Generator) -> Tensor:

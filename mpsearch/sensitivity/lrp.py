@@ -13,10 +13,11 @@ from mpsearch.errors import InputError
 from mpsearch.format import Format
 from mpsearch.layer import Decision, Layer
 from mpsearch.model.model import Model, samples_of
-from mpsearch.sensitivity.assemble import Cell, Deltas, build_table, mean_cell
+from mpsearch.sensitivity.assemble import Cell, build_table, mean_cell
 from mpsearch.sensitivity.harm import called
 from mpsearch.sensitivity.lrp_rules import RULES, Rules
 from mpsearch.sensitivity.relevance import Relevance, relevance, why_not
+from mpsearch.sensitivity.statistics import relative_error
 from mpsearch.tables import SensitivityTable
 
 
@@ -39,8 +40,8 @@ class Lrp:
     backward pass of a single sample each, and one product per layer for its weights; memory as for training without
     the weights' gradients, plus the kept quantisation errors (`Deltas`).
 
-    A layer that relevance does not reach in every sample is ``not_observed``: one that is not called, queries and keys
-    under ``attention="cp"``, and stacked experts.
+    A layer that relevance reaches in no sample of a batch is ``not_observed``: one that is not called, queries and keys
+    under ``attention="cp"``, and stacked experts. Where it reaches some, its share is 0 in the others.
 
     Sources: the contribution is that of LRP-QViT (Ranjan and Savakis 2024, arXiv 2401.11243), the product of importance
     and sensitivity that of Mix-QViT (2501.06357). Neither has public code and their formulas were not available,
@@ -75,7 +76,7 @@ class Lrp:
     attention: Literal["attnlrp", "cp"] = "attnlrp"
     by: ClassVar[Literal["cell", "batch"]] = "batch"
     covers: ClassVar[Sequence[str]] = ("weights",)
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     cost: ClassVar[str] = "2 forwards and 1 backward per sample"
     needs: ClassVar[Sequence[str]] = ("data", "logits")
 
@@ -117,13 +118,12 @@ class Lrp:
     def _one(self, model: Model, batch: Any, layers: Sequence[Layer], formats: Sequence[Format]) -> SensitivityTable:
         shares = self.shares(model, batch, layers)
         seen = called(model, batch, layers)
-        deltas = Deltas.of(model)
 
         def cell(decision: Decision, fmt: Format) -> Cell:
-            if any(x.name not in seen or x.name not in sample for x in decision.layers for sample in shares):
+            if any(x.name not in seen or not any(x.name in sample for sample in shares) for x in decision.layers):
                 return Cell(status="not_observed")
-            errors = [(layer.name, _relative_error(model, deltas, layer, fmt)) for layer in decision.layers]
-            return mean_cell([math.fsum(sample[name] * error for name, error in errors) for sample in shares])
+            errors = [(layer.name, relative_error(model, layer, fmt)) for layer in decision.layers]
+            return mean_cell([math.fsum(sample.get(name, 0.0) * error for name, error in errors) for sample in shares])
 
         unit = "relevance share x relative squared error"
         return build_table(layers, formats, cell, unit=unit, samples=len(shares), source={"estimator": "lrp"})
@@ -142,11 +142,6 @@ class Lrp:
             total = math.fsum(sums.values())
             found.append({name: part / total if total else 0.0 for name, part in sums.items()})
         return found
-
-
-def _relative_error(model: Model, deltas: Deltas, layer: Layer, fmt: Format) -> float:
-    error = float(deltas(layer, fmt).square().sum(dtype=torch.float64))
-    return error / float(model.weight(layer.name).detach().square().sum(dtype=torch.float64)) if error else 0.0
 
 
 def _check_answer(model: Model, sample: Any, traced: Relevance) -> None:

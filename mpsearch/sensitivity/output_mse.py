@@ -13,12 +13,13 @@ from torch.nn import functional
 from mpsearch.format import Format
 from mpsearch.formats.activation import Activation
 from mpsearch.layer import Layer
-from mpsearch.model.activations import Range, round_input
+from mpsearch.model.activations import round_input
 from mpsearch.model.evidence import Calibration, channel_axis
 from mpsearch.model.model import Model
 from mpsearch.model.reads import input_of
 from mpsearch.parts import wholes
 from mpsearch.sensitivity.assemble import Cell, Deltas, build_table
+from mpsearch.sensitivity.statistics import squared, static_ranges
 from mpsearch.tables import SensitivityTable
 
 
@@ -49,7 +50,7 @@ class OutputMse:
     by: ClassVar[Literal["cell", "batch"]] = "batch"
     covers: ClassVar[Sequence[str]] = ("weights", "activations")
     parts: ClassVar[bool] = True
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     streams: ClassVar[Literal["", "forward", "backward"]] = "forward"
     cost: ClassVar[str] = "1 forward, 1 product per cell"
     needs: ClassVar[Sequence[str]] = ("data",)
@@ -65,7 +66,7 @@ class OutputMse:
     def _one(self, model: Model, batch: Any, layers: Sequence[Layer], formats: Sequence[Format]) -> SensitivityTable:
         deltas = Deltas.of(model)
         errors = {(layer.name, fmt): 0.0 for layer in layers for fmt in formats if not fmt.refuses(layer)}
-        ranges = _ranges(model, layers, formats)
+        ranges = static_ranges(model, layers, formats)
         _gather(model, layers, formats)
         whole = wholes(layers)
         members: dict[str, list[Layer]] = {layer.name: [] for layer in whole}
@@ -78,17 +79,19 @@ class OutputMse:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
                 x = input_of(module, args, kwargs)
                 clean = linear_part(module, x, model.weight(layer.name))
-                outputs[layer.name] += _squared(clean)
-                vectors[layer.name] += clean.numel() // layer.rows if layer.kind != "embedding" else x.numel()
+                outputs[layer.name] += squared(clean)
+                # By its module: what is an embedding here may be a head there.
+                looked_up = isinstance(module, nn.Embedding)
+                vectors[layer.name] += x.numel() if looked_up else clean.numel() // layer.rows
                 for member, fmt in ((member, fmt) for member in members[layer.name] for fmt in formats):
                     if (member.name, fmt) not in errors:
                         continue
                     if isinstance(fmt.activation, Activation):
                         rounded = round_input(x, fmt.activation, channel_axis(module), ranges.get((layer.name, fmt)))
                         weight = model.weight(layer.name) + deltas(layer, fmt)
-                        errors[layer.name, fmt] += _squared(linear_part(module, rounded, weight) - clean)
+                        errors[layer.name, fmt] += squared(linear_part(module, rounded, weight) - clean)
                     else:
-                        errors[member.name, fmt] += _squared(_moved(module, x, member, fmt, deltas))
+                        errors[member.name, fmt] += squared(_moved(module, x, member, fmt, deltas))
 
             return hook
 
@@ -118,17 +121,6 @@ class OutputMse:
         return build_table(layers, formats, cell, unit=unit, samples=1, source={"estimator": "output_mse"})
 
 
-def _ranges(model: Model, layers: Sequence[Layer], formats: Sequence[Format]) -> dict[tuple[str, Format], Range]:
-    """Ranges of the inputs that static formats are made from."""
-    return {
-        (layer.name, fmt): Calibration.of(model).input_range(layer, fmt.activation)
-        for fmt in formats
-        if isinstance(fmt.activation, Activation) and fmt.activation.static
-        for layer in layers
-        if not fmt.refuses(layer)
-    }
-
-
 def _gather(model: Model, layers: Sequence[Layer], formats: Sequence[Format]) -> None:
     """Let the model run for what rounding needs now: once layers are watched, that would be counted as well."""
     for fmt in formats:
@@ -142,10 +134,6 @@ def _moved(module: nn.Module, x: Tensor, layer: Layer, fmt: Format, deltas: Delt
     if layer.is_part and layer.kind == "linear":
         return functional.linear(x[..., slice(*layer.inputs)] if layer.inputs else x, deltas.own(layer, fmt))
     return linear_part(module, x, deltas(layer, fmt))
-
-
-def _squared(x: Tensor) -> float:
-    return float(x.square().sum(dtype=torch.float64))
 
 
 def linear_part(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:

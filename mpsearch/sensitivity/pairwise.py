@@ -51,7 +51,7 @@ class Pairwise:
     difference over samples, from batch to batch when there are several.
     Cost per batch, with N rows and F formats: ``gauss_newton`` N F products (see `GaussNewton`) and (N F)^2 / 2
     products of changes of the logits; ``measured`` N F + (N F)^2 / 2 forward passes, for language models from the
-    earlier of the two layers on, fewer with ``band`` or ``sample``. Memory: ``gauss_newton`` N F times the logits of a
+    earlier of the two layers on, fewer with ``band`` or ``sampled``. Memory: ``gauss_newton`` N F times the logits of a
     batch in float32; refused above 2 GiB, unless ``sketch`` is set. A count sketch keeps of every sample's change that
     many sums with random signs; the covariances stay unbiased, with a variance of at most 2 |a|^2 |b|^2 / ``sketch``
     per sample, which the standard error contains; the single cells are exact all the same.
@@ -62,9 +62,8 @@ class Pairwise:
 
     Attributes:
         how: ``gauss_newton`` or ``measured``.
-        pairs: ``all`` pairs of rows, ``band``: those at most ``band`` rows apart, or ``sample``: ``sampled`` at random.
-        band: how many rows apart.
-        sampled: how many pairs of rows are drawn, without replacement.
+        band: how many rows apart two may be; all pairs when 0.
+        sampled: how many of these pairs of rows are drawn at random, without replacement; all when 0.
         seed: of the drawn pairs, and of the sketch.
         against: ``kl`` or ``loss``, for ``measured``.
         sketch: how many sums to keep of each sample's change of the logits; 0 keeps the change itself.
@@ -82,9 +81,8 @@ class Pairwise:
     """
 
     how: Literal["gauss_newton", "measured"] = "gauss_newton"
-    pairs: Literal["all", "band", "sample"] = "all"
-    band: int = 1
-    sampled: int = 100
+    band: int = 0
+    sampled: int = 0
     seed: int = 0
     against: Against = "kl"
     sketch: int = 0
@@ -93,12 +91,12 @@ class Pairwise:
     version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        for name, known in (("how", _HOW), ("pairs", ("all", "band", "sample")), ("against", AGAINST)):
+        for name, known in (("how", _HOW), ("against", AGAINST)):
             if getattr(self, name) not in known:
                 raise InputError(
                     "E113", f"interactions: {name} is {getattr(self, name)!r}", advice=f"{name}: {', '.join(known)}"
                 )
-        for name, least in (("band", 1), ("sampled", 1), ("seed", 0), ("sketch", 0)):
+        for name, least in (("band", 0), ("sampled", 0), ("seed", 0), ("sketch", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError("E113", f"interactions: {name} is {value!r}; give a whole number from {least}")
@@ -143,9 +141,9 @@ class Pairwise:
     def _row_pairs(self, rows: int) -> list[_Place]:
         """The pairs of rows that are asked for."""
         found = list(itertools.combinations(range(rows), 2))
-        if self.pairs == "band":
-            return [(i, j) for i, j in found if j - i <= self.band]
-        if self.pairs == "sample" and self.sampled < len(found):
+        if self.band:
+            found = [(i, j) for i, j in found if j - i <= self.band]
+        if 0 < self.sampled < len(found):
             drawn = np.random.default_rng(self.seed).choice(len(found), self.sampled, replace=False)
             return [found[k] for k in sorted(drawn.tolist())]
         return found

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.format import Format
+from mpsearch.formats.activation import Activation
 from mpsearch.layer import Decision, Layer
-from mpsearch.model.evidence import channel_axis
+from mpsearch.model.activations import Range
+from mpsearch.model.evidence import Calibration, channel_axis
 from mpsearch.model.model import Model
 from mpsearch.model.reads import input_of
 from mpsearch.sensitivity.assemble import Cell, Deltas, build_table
@@ -88,16 +90,18 @@ class Inputs:
         tokens: how many tokens.
         peaks: of each channel: greatest |x|.
         above: of each channel: how many tokens with |x| over 6.
-        powers: sums of x, x^2, x^3 and x^4 over everything.
         elements: how many numbers.
+        mean: of them.
+        sums: of (x - mean)^2, (x - mean)^3 and (x - mean)^4. Sums of plain powers would cancel.
     """
 
     ratios: list[float] = field(default_factory=list)
     tokens: int = 0
     peaks: Tensor = field(default_factory=lambda: torch.zeros(0))
     above: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    powers: list[float] = field(default_factory=lambda: [0.0] * 4)
     elements: int = 0
+    mean: float = 0.0
+    sums: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     def add(self, x: Tensor, threshold: float = 6.0) -> None:
         """Count one input, as (sequences, tokens, channels)."""
@@ -108,12 +112,28 @@ class Inputs:
         known = len(self.peaks) > 0
         self.peaks = torch.maximum(self.peaks, peaks) if known else peaks
         self.above = self.above + above if known else above
-        wide = x.double()
-        power = torch.ones_like(wide)
-        for i in range(4):
-            power *= wide
-            self.powers[i] += float(power.sum())
-        self.elements += x.numel()
+        if x.numel():
+            self._merge(x.double())
+
+    def _merge(self, x: Tensor) -> None:
+        """Join the central moments of two sets (Pebay 2008, SAND2008-6212)."""
+        mean = float(x.mean())
+        apart = x - mean
+        power = apart.square()
+        b2 = float(power.sum())
+        b3 = float(power.mul_(apart).sum())
+        b4 = float(power.mul_(apart).sum())
+        (a2, a3, a4), na, nb = self.sums, self.elements, x.numel()
+        n, d = na + nb, mean - self.mean
+        p, q = na / n, nb / n
+        self.sums = (
+            a2 + b2 + d**2 * na * q,
+            a3 + b3 + d**3 * na * q * (p - q) + 3 * d * (p * b2 - q * a2),
+            a4 + b4 + d**4 * na * q * (p * p - p * q + q * q)
+            + 6 * d**2 * (p * p * b2 + q * q * a2) + 4 * d * (p * b3 - q * a3),
+        )  # fmt: skip
+        self.mean += d * q
+        self.elements = n
 
     @property
     def ratio(self) -> float:
@@ -130,10 +150,9 @@ class Inputs:
         """m4 / m2^2 of all numbers (3 for a normal distribution); 0 when all are equal."""
         if not self.elements:
             return 0.0
-        m, s2, s3, s4 = (power / self.elements for power in self.powers)
-        m2 = s2 - m * m
-        m4 = s4 - 4 * m * s3 + 6 * m * m * s2 - 3 * m**4
-        return m4 / m2**2 if m2 > 1e-12 * s2 else 0.0
+        m2, m4 = self.sums[0] / self.elements, self.sums[2] / self.elements
+        # Of equal numbers only the rounding of their mean is left.
+        return 0.0 if m2 <= 1e-28 * self.mean**2 else m4 / m2**2
 
 
 def spike_ratio(scales: Tensor) -> float:
@@ -154,17 +173,50 @@ def spike_ratio(scales: Tensor) -> float:
 
 
 def matrices(layer: Layer, weight: Tensor) -> Tensor:
-    """See a weight as (experts, output channels, inputs): float64, one expert unless they are stacked."""
+    """See a weight as (experts, output channels, inputs): float64, one expert unless they are stacked.
+
+    The groups of a convolution count as experts: a column of one is another input than that of the next.
+    """
     wide = weight.detach().double()
     if layer.kind == "expert":
         return wide.movedim(layer.out_axis, 1).reshape(wide.shape[0], wide.shape[layer.out_axis], -1)
-    return wide.movedim(layer.out_axis, 0).reshape(1, layer.rows, -1)
+    return wide.movedim(layer.out_axis, 0).reshape(layer.groups, layer.rows // layer.groups, -1)
 
 
 def relative_error(model: Model, layer: Layer, fmt: Format) -> float:
-    """||Q(W) - W||^2 / ||W||^2 of a layer, 0 for a weight of zeros."""
+    """||Q(W) - W||^2 / ||W||^2 of a layer, NaN where the format cannot hold it."""
     error = float(Deltas.of(model)(layer, fmt).double().square_().sum())
-    return error / float(model.weight(layer.name).detach().double().square_().sum()) if error else 0.0
+    return relative(error, float(model.weight(layer.name).detach().double().square_().sum()))
+
+
+def relative(error: float, norm: float) -> float:
+    """Error over norm; where the norm is 0: 0 if the error is, else infinite.
+
+    >>> relative(0.0, 0.0), relative(1.0, 0.0), relative(1.0, 4.0)
+    (0.0, inf, 0.25)
+    """
+    if error == 0:
+        return 0.0
+    return error / norm if norm else math.inf
+
+
+def squared(x: Tensor) -> float:
+    """Sum of squares."""
+    return float(x.square().sum(dtype=torch.float64))
+
+
+def static_ranges(model: Model, layers: Sequence[Layer], formats: Sequence[Format]) -> dict[tuple[str, Format], Range]:
+    """Find the ranges of inputs that static formats are made from.
+
+    Before the model is watched: finding them may run it.
+    """
+    return {
+        (layer.name, fmt): Calibration.of(model).input_range(layer, fmt.activation)
+        for fmt in formats
+        if isinstance(fmt.activation, Activation) and fmt.activation.static
+        for layer in layers
+        if not fmt.refuses(layer)
+    }
 
 
 def importance_table(

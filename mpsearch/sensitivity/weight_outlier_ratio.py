@@ -21,7 +21,8 @@ class WeightOutlierRatio:
     """Greatest over mean size of the weights of one input, times relative weight errors.
 
     score = sum over the decision's layers of r ||Q(W) - W||^2 / ||W||^2,
-    r = max_j (max_i |W_ij| / mean_i |W_ij|), i over output channels and j over inputs; of stacked experts the greatest.
+    r = max_j (max_i |W_ij| / mean_i |W_ij|), i over output channels and j over inputs; of stacked experts, or
+    of the groups of a convolution, the greatest.
 
     A column of zeros stands out nowhere and is left out; r of a weight of zeros is 1. r lies in 1..rows. The paper
     ranks linears by r alone, so it multiplies relative errors, which do not count a layer's size. Knows nothing of the
@@ -35,7 +36,7 @@ class WeightOutlierRatio:
 
     by: ClassVar[Literal["cell", "batch"]] = "cell"
     covers: ClassVar[Sequence[str]] = ("weights",)
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     streams: ClassVar[Literal["", "forward", "backward"]] = "forward"
     cost: ClassVar[str] = "weights only"
     needs: ClassVar[Sequence[str]] = ()
