@@ -7,8 +7,10 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor
+from concurrent.futures import wait as wait_for
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from multiprocessing.connection import wait
 from types import TracebackType
 from typing import TypeVar
@@ -46,10 +48,17 @@ class Local:
             self._pool = ProcessPoolExecutor(
                 self.workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
             )
-        futures = {self._pool.submit(work, item): i for i, item in enumerate(items)}
+        waiting = iter(enumerate(items))
+        running: dict[Future[Result], int] = {}
         try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
+            while True:
+                # What is never handed over need not be cancelled, which a pool that is ended at once takes badly.
+                for i, item in islice(waiting, 2 * self.workers - len(running)):
+                    running[self._pool.submit(work, item)] = i
+                if not running:
+                    return
+                for future in wait_for(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(future), future.result()
         except BrokenProcessPool as error:
             raise ResourceError(
                 "E522",
@@ -57,9 +66,6 @@ class Local:
                 because="what was finished is saved",
                 advice="run again with fewer workers: --workers 1",
             ) from error
-        finally:
-            for future in futures:
-                future.cancel()
 
     def close(self) -> None:
         """End the workers when they have done what they are doing."""
