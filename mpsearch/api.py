@@ -14,12 +14,12 @@ from mpsearch.adaptive import Adaptive
 from mpsearch.errors import InputError, did_you_mean
 from mpsearch.format import Format, parse_formats
 from mpsearch.front import Measurement, ParetoFront
-from mpsearch.layer import Layers
+from mpsearch.layer import Layers, check_layers
 from mpsearch.pairs import PairTable
 from mpsearch.plan import BitPlan
 from mpsearch.problem import Problem, Solution
 from mpsearch.sampling import score_within
-from mpsearch.scoring import check_covers, check_parts, mark_unreached
+from mpsearch.scoring import check_covers, check_menu, check_parts, mark_unreached
 from mpsearch.spec import StudySpec
 from mpsearch.studying import Study
 from mpsearch.tables import CostTable, SensitivityTable
@@ -158,6 +158,7 @@ def score(
         caches = any(fmt.family == "kv" for fmt in menu)
         what = layers if layers is not None else find_layers(found, batches or (), caches=caches)
         check_parts(estimator, what)
+        check_menu(what, menu)
         _check_answers(found, batches, layers)
         found.calibrate(batches, what)
         if budgets:
@@ -241,6 +242,8 @@ def interactions(
         raise InputError("E506", f"interactions of '{found.name}' cannot be found: {refusal}")
     menu = parse_formats(formats)
     check_batches(batches, "batch", tokens=found.tokens)
+    if layers is not None:
+        check_layers(layers)
     if not batches:
         raise InputError("E501", "there are no calibration batches")
     with one_thread():
@@ -268,7 +271,9 @@ def cost(model: Any, formats: Sequence[str], target: str = "bytes", *, batch: An
     [[272.0]]
     """
     found = model if isinstance(model, Layers) else layers(model, batch)
-    table: CostTable = registry.make("targets", target, **settings).cost(found, parse_formats(formats))
+    menu = parse_formats(formats)
+    check_menu(found, menu)
+    table: CostTable = registry.make("targets", target, **settings).cost(found, menu)
     return table
 
 
@@ -338,6 +343,10 @@ def measure(
     found = as_model(model)
     check_batches(data, tokens=found.tokens)
     check_batches(calibration, tokens=found.tokens)
+    if not data:
+        raise InputError("E501", "there are no batches to measure on")
+    if layers is not None:
+        check_layers(layers)
     with one_thread():
         _check_answers(found, data, plan.layers if isinstance(plan, BitPlan) else layers)
         if not isinstance(plan, BitPlan):

@@ -283,7 +283,7 @@ def parse_formats(texts: Iterable[str | Format] | str) -> tuple[Format, ...]:
     Raises:
         InputError: unknown (E109), impossible (E110), given twice or none at all (E108).
     """
-    names = [texts] if isinstance(texts, str) else list(texts)
+    names = [texts] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
     if not all(isinstance(text, (str, Format)) for text in names):
         raise InputError("E109", f"formats: expected names such as int4-g128, got {names!r}")
     if not names:

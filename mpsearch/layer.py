@@ -284,6 +284,23 @@ class Decision:
     layers: tuple[Layer, ...]
 
 
+def check_layers(layers: Any) -> None:
+    """Refuse what is not a sequence of layers, such as a list of their names.
+
+    Raises:
+        InputError: E113.
+
+    >>> check_layers([Layer("q", "linear", (4, 4))])
+    """
+    odd = next((x for x in layers if not isinstance(x, Layer)), None) if isinstance(layers, Sequence) else layers
+    if odd is not None:
+        raise InputError(
+            "E113",
+            f"layers hold {odd!r} ({type(odd).__name__})",
+            advice="give what mp.layers or mp.split returns, or some of it: [x for x in mp.layers(model) if …]",
+        )
+
+
 @dataclass(frozen=True)
 class Layers(Sequence[Layer]):
     """All that can be decided in a model, and all that cannot.

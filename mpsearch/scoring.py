@@ -12,7 +12,7 @@ import numpy as np
 from mpsearch import registry
 from mpsearch.errors import InputError
 from mpsearch.format import Format
-from mpsearch.layer import Layer, Layers, decisions
+from mpsearch.layer import Layer, Layers, check_layers, decisions
 from mpsearch.ports import Estimator, Store
 from mpsearch.records import CellRow
 from mpsearch.tables import SensitivityTable
@@ -42,8 +42,9 @@ def check_parts(estimator: str, layers: Sequence[Layer]) -> None:
     """Refuse parts of layers for an estimator that is not right for them.
 
     Raises:
-        InputError: E506.
+        InputError: E506; something else than layers (E113).
     """
+    check_layers(layers)
     part = next((layer for layer in layers if layer.is_part), None)
     if part is not None and not getattr(registry.load("estimators", estimator), "parts", False):
         able = [x for x in registry.names("estimators") if getattr(registry.load("estimators", x), "parts", False)]
@@ -51,6 +52,22 @@ def check_parts(estimator: str, layers: Sequence[Layer]) -> None:
             "E506",
             f"estimator '{estimator}' scores whole layers, and '{part.name}' is part of one",
             advice=f"estimators that score parts: {', '.join(able)}",
+        )
+
+
+def check_menu(layers: Sequence[Layer], formats: Sequence[Format]) -> None:
+    """Refuse a menu of which no layer takes anything: its table would be empty.
+
+    Raises:
+        InputError: E130, with the reason of the first layer.
+    """
+    if layers and all(fmt.refuses(layer) for layer in layers for fmt in formats):
+        why = formats[0].refuses(layers[0])
+        raise InputError(
+            "E130",
+            f"no layer takes any of {', '.join(map(str, formats))}",
+            because=f"'{layers[0].name}': {why}",
+            advice="mpsearch formats MODEL lists what each layer refuses, and what would fit",
         )
 
 

@@ -39,6 +39,13 @@ def check_batches(batches: Sequence[Batch], by: str = "", *, tokens: bool = Fals
         raise InputError(
             "E515", f"batches are one {type(batches).__name__}, not a list of batches", advice="put it into a list"
         )
+    if not isinstance(batches, Sequence):
+        raise InputError(
+            "E515",
+            f"batches are of type {type(batches).__name__}, not a list",
+            because="they are read several times, and must be the same each time",
+            advice="give a list: list(…)",
+        )
     for i, batch in enumerate(batches):
         if not _may_hold_tensors(batch):
             what = f"{type(batch).__name__}, which holds no tensor"

@@ -16,6 +16,7 @@ from mpsearch.errors import InputError
 from mpsearch.layer import DTYPE_BITS, Layer, whole_name
 from mpsearch.model.checkpoint import check_stored_types, find_folder, folder_digest, read_config, weight_files
 from mpsearch.model.digest import function_digest, module_digest
+from mpsearch.model.failures import told_plainly
 from mpsearch.model.kv_cache import Formats, cached_logits
 
 Batch = Any
@@ -122,16 +123,29 @@ class Model:
         """Unnormalised log-probabilities: (sequences, positions, vocabulary), or (samples, classes).
 
         Raises:
-            InputError: the model gives none (E508).
+            InputError: the model gives none (E508), or fails on the batch (E512), or gives something else (E514).
         """
+        if self.has_logits:
+            with told_plainly(self.name, batch):
+                logits = self._run(batch)
+            if not isinstance(logits, Tensor) or logits.ndim < 2 or not logits.is_floating_point():
+                is_tensor = isinstance(logits, Tensor)
+                given = f"{logits.dtype} of shape {tuple(logits.shape)}" if is_tensor else type(logits).__name__
+                raise InputError(
+                    "E514",
+                    f"the logits of model '{self.name}' are {given}, not a float tensor (samples, …, classes)",
+                    advice="return the tensor itself, with one row for each sample",
+                )
+            return logits
+        raise InputError("E508", f"model '{self.name}' gives no logits", advice="wrap it: mp.wrap(module, logits=…)")
+
+    def _run(self, batch: Batch) -> Tensor:
         if self._logits is not None:
             return self._logits(self.module, batch)
-        if self.tokens and self.caches:
+        if self.caches:
             return cached_logits(self.module, batch, self.caches)
-        if self.tokens:
-            output: Tensor = self.module(**batch, use_cache=False).logits
-            return output
-        raise InputError("E508", f"model '{self.name}' gives no logits", advice="wrap it: mp.wrap(module, logits=…)")
+        logits: Tensor = self.module(**batch, use_cache=False).logits
+        return logits
 
     @property
     def has_logits(self) -> bool:
@@ -147,10 +161,12 @@ class Model:
         """Mean loss of a batch: nats per predicted token, or whatever the user's loss returns.
 
         Raises:
-            InputError: the model has no loss (E506), or its function gives no single number (E514).
+            InputError: the model has no loss (E506), fails on the batch (E512), or its function gives no single number
+                (E514).
         """
         if self._loss is not None:
-            loss = self._loss(self.module, batch)
+            with told_plainly(self.name, batch):
+                loss = self._loss(self.module, batch)
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
                 raise InputError(

@@ -57,6 +57,10 @@ class Lim:
 
     def _one(self, model: Model, batch: Any, layers: Sequence[Layer], formats: Sequence[Format]) -> SensitivityTable:
         found = turns(model, batch, layers)
-        # Rounding may put a cosine a little over 1.
-        importance = {name: 1.0 if turn is None else max(0.0, 1.0 - turn.flattened) for name, turn in found.items()}
+        importance = {name: 1.0 if turn is None else _one_less(turn.flattened) for name, turn in found.items()}
         return importance_table(model, layers, formats, importance, "lim")
+
+
+def _one_less(cosine: float) -> float:
+    # Rounding may put a cosine a little over 1. The order of the two keeps NaN, which must not read as harmless.
+    return max(1.0 - cosine, 0.0)
