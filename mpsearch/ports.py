@@ -13,6 +13,7 @@ from mpsearch.plan import BitPlan
 from mpsearch.problem import Problem, Solution
 from mpsearch.records import CellRow, LinkRow, StudyRow
 from mpsearch.tables import CostTable, SensitivityTable
+from mpsearch.trials import Seen, Trial
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -67,6 +68,27 @@ class Solver(Protocol):
 
     def solve(self, problem: Problem) -> Solution:
         """Solve; a problem without an answer gives the status ``infeasible``."""
+        ...
+
+
+class Searcher(Protocol):
+    """Looks for the plan of least measured loss within all budgets.
+
+    A frozen dataclass of its settings. What it asks for is a function of the problem and of what was seen alone, so
+    that a search which was cut off goes on where it was, and the same search asks the same again.
+    """
+
+    def refuses(self, problem: Problem) -> str:
+        """Say why this problem cannot be searched here; empty when it can."""
+        ...
+
+    def ask(self, problem: Problem, seen: Sequence[Seen]) -> Sequence[Trial]:
+        """Name the plans to measure next, all of them within the budgets; none when the search is over.
+
+        Args:
+            problem: losses predicted of single rows, costs and budgets.
+            seen: everything measured so far, in the order in which it was asked for.
+        """
         ...
 
 

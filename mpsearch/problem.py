@@ -12,9 +12,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpsearch.budget import Budget
+from mpsearch.structure import Alignment, PairTerms, check_structure
 from mpsearch.tables import Array, CostTable, SensitivityTable
 
 Outcome = Literal["optimal", "feasible", "infeasible", "unsolved"]
+
+
+def exact_sum(values: Sequence[float]) -> Fraction:
+    """Sum floats without rounding.
+
+    `math.fsum` rounds the exact sum once; what it leaves over is summed again until nothing is left.
+
+    >>> exact_sum([1e16, 1.0, 2.0**-60]) == 10**16 + 1 + Fraction(1, 2**60)
+    True
+    """
+    parts: list[float] = []
+    while True:
+        part = math.fsum([*values, *(-p for p in parts)])
+        if part == 0.0:
+            return sum((Fraction(p) for p in parts), Fraction(0))
+        parts.append(part)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +45,8 @@ class Problem:
         names: names of the N rows; numbers when left out.
         formats: names of the F formats; numbers when left out.
         resources: names of the R resources; numbers when left out.
+        pairs: loss that pairs of cells add; none when left out.
+        aligned: counts that must be multiples.
 
     >>> p = Problem(np.array([[3.0, 1.0], [2.0, 0.5]]), np.array([[[1.0, 2.0], [1.0, 2.0]]]), np.array([3.0]))
     >>> p.fits(np.array([1, 0])), p.fits(np.array([1, 1]))
@@ -40,6 +59,8 @@ class Problem:
     names: tuple[str, ...] = ()
     formats: tuple[str, ...] = ()
     resources: tuple[str, ...] = ()
+    pairs: PairTerms | None = None
+    aligned: tuple[Alignment, ...] = ()
 
     def __post_init__(self) -> None:
         loss: Array = np.array(self.loss, dtype=np.float64)
@@ -68,6 +89,7 @@ class Problem:
                 object.__setattr__(self, name, tuple(str(i) for i in range(count)))
             elif len(getattr(self, name)) != count:
                 raise ValueError(f"{name} must hold {count} names, got {len(getattr(self, name))}")
+        check_structure(self.pairs, self.aligned, *loss.shape)
 
     @classmethod
     def of(
@@ -121,26 +143,31 @@ class Problem:
 
     def totals(self, choice: NDArray[np.int64]) -> tuple[Fraction, ...]:
         """Exact total cost of each resource: sums of the stored numbers without rounding."""
-        rows = range(len(choice))
-        return tuple(sum((Fraction(float(table[i, choice[i]])) for i in rows), Fraction(0)) for table in self.cost)
+        rows = np.arange(len(choice))
+        return tuple(exact_sum(table[rows, choice].tolist()) for table in self.cost)
 
     def fits(self, choice: NDArray[np.int64]) -> bool:
-        """Say whether a choice is offered everywhere and keeps every budget, in exact arithmetic."""
+        """Say whether a choice is offered everywhere and keeps every budget and count, in exact arithmetic."""
         rows = np.arange(len(self.loss))
         choice = np.asarray(choice)
         if choice.shape != rows.shape or ((choice < 0) | (choice >= self.loss.shape[1])).any():
             return False
         if not np.isfinite(self.loss[rows, choice]).all():
             return False
+        if not all(found.holds(choice) for found in self.aligned):
+            return False
         # fsum rounds the exact sum once, so its sign is that of the exact difference.
         return all(
-            limit == math.inf or (limit > -math.inf and math.fsum([*table[rows, choice], -limit]) <= 0)
+            limit == math.inf or (limit > -math.inf and math.fsum([*table[rows, choice].tolist(), -limit]) <= 0)
             for table, limit in zip(self.cost, self.limit.tolist(), strict=True)
         )
 
     def total_loss(self, choice: NDArray[np.int64]) -> float:
-        """Total loss of a choice, summed without rounding errors."""
-        return math.fsum(float(self.loss[i, f]) for i, f in enumerate(choice))
+        """Total loss of a choice, pairs included, summed without rounding errors."""
+        terms = self.loss[np.arange(len(choice)), choice].tolist()
+        if self.pairs is not None:
+            terms += self.pairs.chosen(np.asarray(choice)).tolist()
+        return math.fsum(terms)
 
     def least(self) -> tuple[float, ...]:
         """Smallest total of each resource, each taken alone; infinite when a row has no format."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpsearch.errors import InputError
-from mpsearch.problem import Problem, Solution
+from mpsearch.problem import Problem, Solution, exact_sum
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -103,8 +103,17 @@ class Reduced:
         return there
 
 
-def refusal(problem: Problem) -> str:
-    """Say why a problem's numbers cannot be summed; empty when they can."""
+def refusal(problem: Problem, takes: Collection[str] = ()) -> str:
+    """Say why a problem is more than a solver takes; empty when it is not.
+
+    Args:
+        problem: the problem.
+        takes: what the solver takes beyond budgets: ``pairs``, ``aligned``.
+    """
+    if problem.pairs is not None and len(problem.pairs) and "pairs" not in takes:
+        return "it has pair terms, and this solver adds up rows"
+    if problem.aligned and "aligned" not in takes:
+        return "it has counts that must be multiples"
     rows = max(len(problem.loss), 1)
     finite_limits = np.where(np.isfinite(problem.limit), problem.limit, 0.0)
     for name, values in (
@@ -117,15 +126,17 @@ def refusal(problem: Problem) -> str:
     return ""
 
 
-def accept(problem: Problem, solver: str) -> None:
+def accept(problem: Problem, solver: str, takes: Collection[str] = ()) -> None:
     """Refuse what `refusal` names.
 
     Raises:
-        InputError: the numbers are too large (E210).
+        InputError: the problem has what the solver does not take, or its numbers are too large (E210).
     """
-    reason = refusal(problem)
+    reason = refusal(problem, takes)
     if reason:
-        raise InputError("E210", f"solver '{solver}': {reason}", advice="give losses and costs in larger units")
+        large = "finite" in reason
+        advice = "give losses and costs in larger units" if large else "solvers that take it: mpsearch solvers"
+        raise InputError("E210", f"solver '{solver}': {reason}", advice=advice)
 
 
 def impossible(problem: Problem) -> str:
@@ -171,22 +182,6 @@ def undominated(loss: Floats, cost: Floats) -> Bools:
         better = np.logical_or.reduce([t[:, after] < t[:, here] for t in tables])
         keep[:, f] &= ~(beaten | (no_worse & better).any(axis=1))
     return keep
-
-
-def exact_sum(values: Sequence[float]) -> Fraction:
-    """Sum floats without rounding.
-
-    `math.fsum` rounds the exact sum once; what it leaves over is summed again until nothing is left.
-
-    >>> exact_sum([1e16, 1.0, 2.0**-60]) == 10**16 + 1 + Fraction(1, 2**60)
-    True
-    """
-    parts: list[float] = []
-    while True:
-        part = math.fsum([*values, *(-p for p in parts)])
-        if part == 0.0:
-            return sum((Fraction(p) for p in parts), Fraction(0))
-        parts.append(part)
 
 
 def finest(values: Floats) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mpsearch.errors import InputError
-from mpsearch.problem import Problem, Solution
+from mpsearch.problem import Problem, Solution, exact_sum
 from mpsearch.solvers import _milp
 from mpsearch.solvers._moves import repair, top_up
 from mpsearch.solvers._reduced import (
@@ -21,7 +21,6 @@ from mpsearch.solvers._reduced import (
     Reduced,
     accept,
     answer,
-    exact_sum,
     finest,
     impossible,
     refusal,
