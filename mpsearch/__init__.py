@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mpsearch.ablation import Ablation, ablate, protect
-    from mpsearch.api import batches, cost, interactions, layers, measure, score, search, solve, study, wrap
+    from mpsearch.api import batches, cost, interactions, layers, measure, score, search, study, wrap
     from mpsearch.budget import Budget
     from mpsearch.errors import (
         InfeasibleError,
@@ -30,13 +30,17 @@ if TYPE_CHECKING:
     from mpsearch.parts import split
     from mpsearch.plan import BitPlan
     from mpsearch.problem import Problem, Solution
+    from mpsearch.robust import Doubt, doubts
+    from mpsearch.rules import Aligned, Balance, Family, Peak, Rules
+    from mpsearch.solving import solve
     from mpsearch.spec import StudySpec
+    from mpsearch.structure import PairTerms
     from mpsearch.studying import Study
     from mpsearch.tables import CostTable, SensitivityTable
 
 _WHERE = {
     **dict.fromkeys(
-        ("batches", "cost", "interactions", "layers", "measure", "score", "search", "solve", "study", "wrap"),
+        ("batches", "cost", "interactions", "layers", "measure", "score", "search", "study", "wrap"),
         "mpsearch.api",
     ),
     "Budget": "mpsearch.budget",
@@ -63,6 +67,10 @@ _WHERE = {
     "Problem": "mpsearch.problem",
     "Solution": "mpsearch.problem",
     **dict.fromkeys(("Ablation", "ablate", "protect"), "mpsearch.ablation"),
+    **dict.fromkeys(("Doubt", "doubts"), "mpsearch.robust"),
+    **dict.fromkeys(("Aligned", "Balance", "Family", "Peak", "Rules"), "mpsearch.rules"),
+    "solve": "mpsearch.solving",
+    "PairTerms": "mpsearch.structure",
     "StudySpec": "mpsearch.spec",
     "Study": "mpsearch.studying",
     "CostTable": "mpsearch.tables",
@@ -71,9 +79,13 @@ _WHERE = {
 
 __all__ = [
     "Ablation",
+    "Aligned",
+    "Balance",
     "BitPlan",
     "Budget",
     "CostTable",
+    "Doubt",
+    "Family",
     "Format",
     "InfeasibleError",
     "InputError",
@@ -82,9 +94,12 @@ __all__ = [
     "Measurement",
     "MpsearchError",
     "PairTable",
+    "PairTerms",
     "ParetoFront",
+    "Peak",
     "Problem",
     "ResourceError",
+    "Rules",
     "SensitivityTable",
     "Solution",
     "StorageError",
@@ -95,6 +110,7 @@ __all__ = [
     "ablate",
     "batches",
     "cost",
+    "doubts",
     "interactions",
     "layers",
     "measure",

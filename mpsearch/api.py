@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from mpsearch import registry
 from mpsearch.adaptive import Adaptive
 from mpsearch.errors import InputError, did_you_mean
@@ -17,7 +15,6 @@ from mpsearch.front import Measurement, ParetoFront
 from mpsearch.layer import Layers, check_layers
 from mpsearch.pairs import PairTable
 from mpsearch.plan import BitPlan
-from mpsearch.problem import Problem, Solution
 from mpsearch.sampling import score_within
 from mpsearch.scoring import check_covers, check_menu, check_parts, mark_unreached
 from mpsearch.spec import StudySpec
@@ -26,9 +23,6 @@ from mpsearch.tables import CostTable, SensitivityTable
 
 if TYPE_CHECKING:
     from mpsearch.model.model import Model
-
-#: Above this many cells ``solver="auto"`` takes the greedy solver instead of the integer programme.
-_EXACT_CELLS = 400_000
 
 
 def wrap(module: Any, *, loss: Any = None, logits: Any = None, name: str = "") -> Model:
@@ -275,37 +269,6 @@ def cost(model: Any, formats: Sequence[str], target: str = "bytes", *, batch: An
     check_menu(found, menu)
     table: CostTable = registry.make("targets", target, **settings).cost(found, menu)
     return table
-
-
-def solve(loss: Any, cost: Any, limit: Any, solver: str = "auto", **settings: Any) -> Solution:
-    """Choose one format per row: least total loss within all limits. Anybody's table.
-
-    Args:
-        loss: (N, F) loss of each row in each format; NaN or inf where a format is not offered.
-        cost: (R, N, F) cost of R resources, or (N, F) of one.
-        limit: (R,) or one number: the most each resource may total.
-        solver: ``auto`` takes ``ilp`` up to 400,000 cells and ``greedy`` above.
-        settings: of the solver.
-
-    Returns:
-        The solution; ``status`` says whether it is proven, ``gap`` how far from the bound it is.
-
-    >>> solve([[3.0, 1.0], [2.0, 0.5]], [[1, 2], [1, 2]], 3).choice.tolist()
-    [1, 0]
-    """
-    try:
-        problem = Problem(
-            np.asarray(loss, dtype=float), np.asarray(cost, dtype=float), np.atleast_1d(np.asarray(limit, dtype=float))
-        )
-    except (ValueError, TypeError) as error:
-        raise InputError("E212", f"solve: {error}") from error
-    name = solver if solver != "auto" else "ilp" if problem.loss.size <= _EXACT_CELLS else "greedy"
-    chosen = registry.make("solvers", name, **settings)
-    refusal = chosen.refuses(problem)
-    if refusal:
-        raise InputError("E210", f"solver '{name}' cannot take this: {refusal}")
-    solution: Solution = chosen.solve(problem)
-    return solution
 
 
 def measure(

@@ -15,11 +15,13 @@ import numpy as np
 from mpsearch import registry
 from mpsearch.budget import Budget, conditions
 from mpsearch.errors import InfeasibleError, InputError, Notice
-from mpsearch.feasible import allowed, check_budgets
+from mpsearch.feasible import allowed, check_budgets, in_unit
 from mpsearch.format import Format, join
 from mpsearch.layer import Layer, Layers
 from mpsearch.plan import BitPlan, Predicted
 from mpsearch.problem import Problem, Solution
+from mpsearch.rules import Rules
+from mpsearch.solving import shortage, solve_problem
 from mpsearch.spec import StudySpec
 from mpsearch.tables import Array, CostTable, SensitivityTable
 
@@ -204,23 +206,32 @@ class Planner:
         """
         self.check(budgets)
         problem = self.problem(scores, budgets)
-        solver = registry.make("solvers", self.spec.solver, **self.spec.solver_settings)
-        refusal = solver.refuses(problem)
-        if refusal:
-            raise InputError("E210", f"solver '{self.spec.solver}' cannot take this: {refusal}")
-        solution = solver.solve(problem)
+        rules = Rules.of(self.spec.rules)
+        solution = solve_problem(problem, self.spec.solver, self.spec.solver_settings, rules=rules)
         if solution.status == "infeasible":
-            raise InfeasibleError(
-                "E203",
-                f"budgets {' and '.join(map(str, budgets))} cannot be kept together",
-                because="each can be kept alone",
-                advice="loosen one of them",
-            )
+            raise self._no_plan(problem, rules, budgets)
         if solution.status == "unsolved":
             raise InputError(
-                "E210", f"solver '{self.spec.solver}' found no plan", advice='give it more time, or use solver = "ilp"'
+                "E210", f"solver '{solution.solver}' found no plan", advice='give it more time, or use solver = "ilp"'
             )
         return problem, solution
+
+    def _no_plan(self, problem: Problem, rules: Rules, budgets: Sequence[Budget]) -> InfeasibleError:
+        """What to tell when budgets can be kept alone and not together, or not under the rules."""
+        tables = {table.resource: table for table in self.costs}
+        least = shortage(problem, rules).together
+        smallest = [
+            f"{budget} could be {in_unit(least[budget.priced_by] + table.fixed, budget, table)} beside the others"
+            for budget, table in ((b, tables[b.priced_by]) for b in budgets)
+            if math.isfinite(least[budget.priced_by])
+        ]
+        return InfeasibleError(
+            "E203",
+            f"budgets {' and '.join(map(str, budgets))} cannot be kept together"
+            + (" under the rules" if self.spec.rules else ""),
+            because="; ".join(smallest) or "each can be kept alone",
+            advice="loosen one of them",
+        )
 
     def problem(self, scores: SensitivityTable, budgets: Sequence[Budget]) -> Problem:
         """The problem of the least predicted loss within budgets, with pins.
@@ -234,6 +245,8 @@ class Planner:
             if name in self.pins:
                 # There is nothing to choose, so a missing score does not matter.
                 value[i] = np.where(np.isnan(self.mask[i]), np.nan, np.nan_to_num(value[i]))
+        if self.spec.cautious:
+            value = value + self.spec.cautious * np.nan_to_num(scores.spread)
         kept = self.unscored(scores)
         for i, j in kept:
             value[i, j] = 0.0
@@ -315,11 +328,15 @@ class Planner:
         plan = self._from_choice(solution.choice, source)
         if any(b.resource == "weights" and plan.bytes > b.limit(self.costs[0]) for b in budgets):
             raise AssertionError(f"the plan takes {plan.bytes} bytes, more than {' and '.join(map(str, budgets))}")
+        expected = solution.loss
+        if self.spec.cautious:
+            settled = self.settled(scores).value[np.arange(len(solution.choice)), solution.choice]
+            expected = math.fsum(settled.tolist())
         predicted = Predicted(
-            solution.loss,
+            expected,
             _total_spread(self.settled(scores).spread[np.arange(len(solution.choice)), solution.choice]),
             scores.unit,
-            solution.bound if math.isfinite(solution.bound) else None,
+            solution.bound if math.isfinite(solution.bound) and not self.spec.cautious else None,
             solution.gap if math.isfinite(solution.gap) else None,
             plan.cost,
         )

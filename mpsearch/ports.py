@@ -60,7 +60,14 @@ class Target(Protocol):
 
 
 class Solver(Protocol):
-    """Chooses one format per row under all budgets."""
+    """Chooses one format per row under all budgets.
+
+    ``takes`` says what problems it is for, ``proves`` what its answer comes with, ``cost`` what it takes to run.
+    """
+
+    takes: str
+    proves: str
+    cost: str
 
     def refuses(self, problem: Problem) -> str:
         """Say why this problem cannot be solved here; empty when it can."""
@@ -75,8 +82,13 @@ class Searcher(Protocol):
     """Looks for the plan of least measured loss within all budgets.
 
     A frozen dataclass of its settings. What it asks for is a function of the problem and of what was seen alone, so
-    that a search which was cut off goes on where it was, and the same search asks the same again.
+    that a search which was cut off goes on where it was, and the same search asks the same again. ``takes``, ``proves``
+    and ``cost`` are as those of a solver.
     """
+
+    takes: str
+    proves: str
+    cost: str
 
     def refuses(self, problem: Problem) -> str:
         """Say why this problem cannot be searched here; empty when it can."""

@@ -75,12 +75,13 @@ class Problem:
         offered = np.isfinite(loss)
         if np.isneginf(loss).any():
             raise ValueError("loss holds -inf; a loss is a finite number, NaN or +inf where a format is not offered")
-        if not np.isfinite(np.where(offered, cost, 0.0)).all():
+        # These are copies of the caller's arrays; a large table is not copied once more.
+        loss[~offered] = np.inf
+        cost[:, ~offered] = 0.0
+        if not np.isfinite(cost).all():
             raise ValueError("a format that is offered has a cost that is not finite")
         if np.isnan(limit).any():
             raise ValueError("limit holds NaN")
-        loss = np.where(offered, loss, np.inf)
-        cost = np.where(offered, cost, 0.0)
         for name, array in (("loss", loss), ("cost", cost), ("limit", limit)):
             array.flags.writeable = False
             object.__setattr__(self, name, array)

@@ -1,7 +1,8 @@
 """Names users type, and the code behind them, loaded on first use.
 
 Plug-ins join through entry points of the groups ``mpsearch.estimators``, ``mpsearch.targets``,
-``mpsearch.solvers``, ``mpsearch.evaluators``, ``mpsearch.exporters`` and ``mpsearch.formats``.
+``mpsearch.solvers``, ``mpsearch.searchers``, ``mpsearch.evaluators``, ``mpsearch.exporters`` and
+``mpsearch.formats``.
 """
 
 from __future__ import annotations
@@ -71,8 +72,23 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
     "solvers": {
         "ilp": "mpsearch.solvers.ilp:Ilp",
         "greedy": "mpsearch.solvers.greedy:Greedy",
-        "bound": "mpsearch.solvers.bound:Bound",
+        "lagrangian": "mpsearch.solvers.lagrangian:Lagrangian",
+        "mckp": "mpsearch.solvers.mckp:Mckp",
+        "dp": "mpsearch.solvers.dp:DynamicProgramme",
+        "pareto": "mpsearch.solvers.pareto:Pareto",
+        "quadratic": "mpsearch.solvers.quadratic:Quadratic",
+        "closed_form": "mpsearch.solvers.closed_form:ClosedForm",
+        "threshold": "mpsearch.solvers.threshold:Threshold",
+        "top_k": "mpsearch.solvers.top_k:TopK",
+        "double_pointer": "mpsearch.solvers.double_pointer:DoublePointer",
         "random": "mpsearch.solvers.random_fill:RandomFill",
+    },
+    "searchers": {
+        "refine": "mpsearch.solvers.refine:Refine",
+        "evolve": "mpsearch.solvers.evolve:Evolve",
+        "optuna": "mpsearch.solvers.optuna_search:Optuna",
+        "surrogate": "mpsearch.solvers.surrogate:Surrogate",
+        "bisection": "mpsearch.solvers.bisection:Bisection",
     },
     "evaluators": {"kl": "mpsearch.evaluate.kl:Kl"},
     "exporters": {"native": "mpsearch.exports.native:Native", "llama.cpp": "mpsearch.exports.llama_cpp:LlamaCpp"},

@@ -87,22 +87,29 @@ class Session:
         )
         return scores, scoring.seconds(study.store, scores.source["batches"])
 
-    def measure(self, plans: Sequence[Labelled]) -> dict[str, Measurement]:
+    def measure(self, plans: Sequence[Labelled], batches: int = 0, phase: str = "measure") -> dict[str, Measurement]:
         """Measure plans that were not measured before.
+
+        Args:
+            plans: the plans.
+            batches: how many of the validation batches to measure on, from the first; 0 for all.
+            phase: what to report progress as; nothing is reported when empty.
 
         Returns:
             Key of the plan -> measurement, of all that could be measured; `failed` says why others could not.
         """
         store, tasks, self.failed = self.study.store, dict[str, MeasureTask](), []
-        keys = [self.measurement_key(item.plan) for item in plans]
+        keys = [self.measurement_key(item.plan, batches) for item in plans]
         known = store.get_many("measurement", keys)
         for key, item in zip(keys, plans, strict=True):
             if key not in known and key not in tasks:
-                tasks[key] = MeasureTask(EVALUATOR, item.plan.to_json())
+                tasks[key] = MeasureTask(EVALUATOR, item.plan.to_json(), batches=batches)
         asked = list(tasks)
-        self.study.report("measure", 0, len(asked))
+        if phase:
+            self.study.report(phase, 0, len(asked))
         for done, (i, found) in enumerate(self.study.compute(self.executor, list(tasks.values())), start=1):
-            self.study.report("measure", done, len(asked))
+            if phase:
+                self.study.report(phase, done, len(asked))
             if isinstance(found, Failed):
                 self.failed.append(found)
                 continue
@@ -115,8 +122,8 @@ class Session:
             if key in known
         }
 
-    def measurement_key(self, plan: BitPlan) -> str:
-        """Content key of a plan's measurement in this study."""
+    def measurement_key(self, plan: BitPlan, batches: int = 0) -> str:
+        """Content key of a plan's measurement in this study, on the first batches or on all."""
         spec, identity = self.study.spec, self.study.identity
         cut = [spec.validation_tokens, spec.length, spec.batch_size]
         evaluator = [EVALUATOR, registry.load("evaluators", EVALUATOR).version]
@@ -124,4 +131,6 @@ class Session:
         parts += sorted({fmt.key for fmt in plan.formats.values()} - {str(fmt) for fmt in plan.formats.values()})
         if any(fmt.calibrated for fmt in plan.formats.values()):
             parts.append([identity["calibration"], spec.tokens])
+        if batches:
+            parts.append(["batches", batches])
         return content_key(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -15,11 +16,13 @@ from mpsearch.errors import InputError, did_you_mean
 from mpsearch.format import Format, join, parse_formats
 from mpsearch.model.source import LIBRARY, Source
 from mpsearch.protection import Rule
+from mpsearch.rules import Rules
 from mpsearch.tasks import Setup
 
 DEFAULT_FORMATS = ("int2-g64", "int3-g64", "int4-g64", "int5-g64", "int6-g64", "int7-g64", "int8-g64", "int8-channel")
 # How and where a study is computed does not change its question.
 _NOT_THE_QUESTION = ("storage", "workers", "out")
+_LATER = ("activations", "kv", "protect", "clamp", "rules", "cautious")
 _LISTS = ("formats", "activations", "kv", "budgets")
 
 
@@ -42,6 +45,8 @@ class StudySpec:
         estimator_settings: its settings.
         solver: name of the solver.
         solver_settings: its settings.
+        rules: further rules on the choice, as `mpsearch.Rules` has them; rows are decisions.
+        cautious: standard errors above their values that scores are planned with.
         budgets: all to be kept at once.
         pins: layer name or pattern -> the format it must take.
         protect: rule that pins further layers to 16 bits, such as ``activation_spikes > 6.68``; none when empty.
@@ -70,8 +75,10 @@ class StudySpec:
     kv: tuple[str, ...] = ()
     estimator: str = "divergence"
     estimator_settings: Mapping[str, Any] = field(default_factory=dict)
-    solver: str = "ilp"
+    solver: str = "auto"
     solver_settings: Mapping[str, Any] = field(default_factory=dict)
+    rules: Mapping[str, Any] = field(default_factory=dict)
+    cautious: float = 0.0
     budgets: tuple[str, ...] = ()
     pins: Mapping[str, str] = field(default_factory=dict)
     protect: str = ""
@@ -110,6 +117,9 @@ class StudySpec:
             if cache.family != "kv":
                 raise InputError("E110", f"kv: '{cache}' is not for KV caches", advice="write one like kv-int8-token")
         parse_budgets(self.budgets)
+        if not 0 <= self.cautious < math.inf:
+            raise InputError("E113", f"cautious: got {self.cautious}; expected standard errors, such as 1.645")
+        Rules.of(self.rules)
         if self.protect:
             Rule.parse(self.protect)
         for pattern, text in self.pins.items():
@@ -222,7 +232,7 @@ class StudySpec:
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in _LISTS:
             found[name] = list(found[name])
-        for name in ("estimator_settings", "solver_settings", "pins"):
+        for name in ("estimator_settings", "solver_settings", "pins", "rules"):
             found[name] = dict(found[name])
         if not isinstance(self.ties, str):
             found["ties"] = [list(group) for group in self.ties]
@@ -242,7 +252,7 @@ class StudySpec:
             name: value
             for name, value in self.to_json().items()
             # A field that came later and is not used leaves the questions of earlier studies as they were.
-            if name not in _NOT_THE_QUESTION and not (name in ("activations", "kv", "protect", "clamp") and not value)
+            if name not in _NOT_THE_QUESTION and not (name in _LATER and not value)
         }
 
 
@@ -260,6 +270,8 @@ def _check_types(values: Mapping[str, Any]) -> None:
         if f.name not in values:
             continue
         value, kind = values[f.name], str(f.type)
+        if kind == "float" and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise InputError("E113", f"'{f.name}' must be a number, got {value!r}")
         if kind in _TYPES and (not isinstance(value, _TYPES[kind]) or (kind == "int" and isinstance(value, bool))):
             raise InputError("E113", f"'{f.name}' must be {kind}, got {value!r}")
         if kind.startswith("Mapping") and not isinstance(value, Mapping):

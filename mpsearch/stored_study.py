@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from mpsearch.plan import BitPlan
 from mpsearch.planning import Labelled, Planner
 from mpsearch.ports import Store
 from mpsearch.protection import Rule
+from mpsearch.robust import Doubt, doubts
 from mpsearch.spec import StudySpec
 from mpsearch.tables import CostTable, SensitivityTable
 from mpsearch.tasks import Survey
@@ -129,14 +130,29 @@ class StoredStudy:
             InputError: not budgets (E111, E112), or the study has no scores yet (E143).
         """
         wanted = parse_budgets(budgets) if budgets else self.budgets
-        survey = self.survey
-        model = dict(self._model_of_plans() or self._model_entry(survey))
-        planner = Planner(self.spec, survey.layers, model, wanted, self.protected)
+        planner = self._planner(wanted)
         if planner.holds_all(wanted) is not None:
             return planner.at_16_bits()
         plan = planner.mixed(self.scores, wanted)
         self.store.put("plan", plan.key, plan.to_json())
         return plan
+
+    def doubts(self, *budgets: str, by: float = 1.645) -> tuple[Doubt, ...]:
+        """List the decisions whose format the errors of the scores leave open (see `mpsearch.doubts`).
+
+        Args:
+            budgets: as for `plan`.
+            by: standard errors that a lead must have not to be listed.
+        """
+        wanted = parse_budgets(budgets) if budgets else self.budgets
+        planner = self._planner(wanted)
+        problem, solution = planner.solve(self.scores, wanted)
+        return doubts(problem, solution, planner.settled(self.scores).spread, by=by)
+
+    def _planner(self, wanted: Sequence[Budget]) -> Planner:
+        survey = self.survey
+        model = dict(self._model_of_plans() or self._model_entry(survey))
+        return Planner(self.spec, survey.layers, model, tuple(wanted), self.protected)
 
     def _model_of_plans(self) -> Mapping[str, str] | None:
         plans = self.plans

@@ -16,7 +16,7 @@ from mpsearch.keys import content_key
 from mpsearch.machine import fingerprint
 from mpsearch.notices import layer_notices, order_notices, score_notices
 from mpsearch.planning import Labelled, Planner
-from mpsearch.ports import Executor, Store
+from mpsearch.ports import Executor, Searcher, Store
 from mpsearch.protection import Rule
 from mpsearch.scoring import check_covers
 from mpsearch.session import Session
@@ -25,6 +25,7 @@ from mpsearch.stored_study import StoredStudy
 from mpsearch.tasks import RatioTask, Survey, SurveyTask
 
 if TYPE_CHECKING:
+    from mpsearch.searching import Searched
     from mpsearch.standings import Tournament
 
 Report = Callable[[str, int, int], None]
@@ -92,12 +93,35 @@ class Study(StoredStudy):
         return self.front
 
     def tournament(
-        self, estimators: Sequence[str] = (), *, plans: int = 100, sizes: int = 5, limit: float = 60.0
+        self, estimators: Sequence[str] = (), *, plans: int = 100, sizes: int = 5, limit: float = 30.0
     ) -> Tournament:
         """Find out which estimator to trust on this model (see `mpsearch.tournament.hold`)."""
         from mpsearch.tournament import hold
 
         return hold(self, estimators, plans=plans, sizes=sizes, limit=limit)
+
+    def search(
+        self,
+        searcher: str | Searcher = "refine",
+        *,
+        evaluations: int = 60,
+        budgets: Sequence[str] = (),
+        **settings: Any,
+    ) -> Searched:
+        """Search for the plan of least measured loss within budgets (see `mpsearch.searching.search_study`)."""
+        from mpsearch.searching import search_study
+
+        return search_study(self, searcher, evaluations, budgets, settings)
+
+    @property
+    def positions(self) -> int:
+        """Tokens of one sample of the texts; 1 for a model that was given with its batches."""
+        return self.spec.length if self._work is None else 1
+
+    @property
+    def batch_samples(self) -> int:
+        """Samples of one batch of the texts; 0 where batches were given, and may be of any size."""
+        return self.spec.batch_size if self._work is None else 0
 
     @contextmanager
     def session(self, estimator: str = "") -> Iterator[Session]:
@@ -110,7 +134,8 @@ class Study(StoredStudy):
             as `run`.
         """
         self.notices, self.computed = [], 0
-        registry.make("solvers", self.spec.solver, **self.spec.solver_settings)
+        if self.spec.solver != "auto":
+            registry.make("solvers", self.spec.solver, **self.spec.solver_settings)
         self._check_texts()
         if any(row.name == self.name for row in self.store.studies()):
             self.store.create_study(self.name, self.spec.question())

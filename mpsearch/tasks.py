@@ -115,11 +115,13 @@ class MeasureTask:
         evaluator: name of the evaluator.
         plan: the plan as JSON.
         label: what the plan is to its study.
+        batches: how many of the validation batches to use, from the first; 0 for all.
     """
 
     evaluator: str
     plan: Mapping[str, Any] = field(hash=False)
     label: str = ""
+    batches: int = 0
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ _FEWEST = 10
 
 
 def hold(
-    study: Study, estimators: Sequence[str] = (), *, plans: int = 100, sizes: int = 5, limit: float = 60.0
+    study: Study, estimators: Sequence[str] = (), *, plans: int = 100, sizes: int = 5, limit: float = 30.0
 ) -> Tournament:
     """Let estimators predict the losses of random plans, and choose plans of their own; measure both.
 

@@ -193,7 +193,7 @@ def test_the_same_answer_twice_and_another_for_another_seed() -> None:
     assert SensitivityTable.from_json(json.loads(text)).key == sampled.table.key
 
 
-@pytest.mark.parametrize("solver", ["greedy", "bound", "ilp"])
+@pytest.mark.parametrize("solver", ["greedy", "lagrangian", "ilp"])
 def test_the_built_in_solvers_serve(solver: str) -> None:
     bench = Bench(2, noise=0.02)
     sampled = Adaptive(solver=solver, draws=16).sample(bench.score, bench.build, bench.names, 8)

@@ -10,6 +10,8 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,70 @@ def test_other_budgets_are_solved_on_stored_scores(finished: Study) -> None:
     both = finished.plan("weights <= 5 bits", "bops <= 20 %")
     assert both.cost["bops"] <= 0.2 * finished.costs[1].reference
     assert both.source["budgets"] == ["weights <= 5 bits", "bops <= 20 %"]
+
+
+def test_rules_hold_on_stored_scores_and_cost(finished: Study) -> None:
+    def plan(**changes: Any) -> mp.BitPlan:
+        return Study(replace(finished.spec, **changes), finished.store).plan("weights <= 4 bits")
+
+    def taken(plan: mp.BitPlan) -> Counter[str]:
+        return Counter(str(plan.formats[row.layers[0].name]) for row in plan.layers.decisions)
+
+    free = plan()
+    common, count = taken(free).most_common(1)[0]
+    ruled = plan(rules={"at_most": {common: count - 2}})
+    assert taken(ruled)[common] <= count - 2
+    assert free.predicted.loss is not None
+    assert ruled.predicted.loss is not None
+    assert ruled.predicted.loss > free.predicted.loss
+    first, second = (row.name for row in free.layers.decisions[:2])
+    tied = plan(rules={"ties": [[first, second]]})
+    assert len({str(tied.formats[row.layers[0].name]) for row in tied.layers.decisions[:2]}) == 1
+    with pytest.raises(mp.InputError, match="E213"):
+        plan(rules={"pins": {"nowhere": common}})
+
+
+def test_a_cautious_plan_expects_no_less_loss_and_has_less_at_the_worst(finished: Study) -> None:
+    sure = Study(replace(finished.spec, cautious=3.0), finished.store)
+    free, careful = finished.plan("weights <= 3 bits"), sure.plan("weights <= 3 bits")
+    columns = list(finished.scores.formats)
+
+    def at_worst(plan: mp.BitPlan) -> float:
+        cells = [(i, columns.index(str(plan.formats[r.layers[0].name]))) for i, r in enumerate(plan.layers.decisions)]
+        return sum(finished.scores.value[cell] + 3.0 * finished.scores.spread[cell] for cell in cells)
+
+    assert free.predicted.loss is not None
+    assert careful.predicted.loss is not None
+    assert careful.predicted.loss >= free.predicted.loss
+    assert at_worst(careful) <= at_worst(free) * (1 + 1e-12)
+
+
+def test_doubts_name_decisions_of_the_study(finished: Study) -> None:
+    names = {row.name for row in finished.survey.layers.decisions}
+    plan = finished.plan("weights <= 3 bits")
+    found = finished.doubts("weights <= 3 bits", by=1e9)
+    assert {doubt.row for doubt in found} <= names
+    assert found
+    for doubt in found:
+        row = next(row for row in plan.layers.decisions if row.name == doubt.row)
+        assert str(plan.formats[row.layers[0].name]) == doubt.chosen != doubt.other
+    assert len(finished.doubts("weights <= 3 bits", by=1e-9)) <= len(found)
+
+
+def test_budgets_that_clash_say_what_each_could_be(small_llama: Path, tmp_path: Path) -> None:
+    rules = {"at_most": {"int2-channel": 0}}
+    settings = {"formats": ["int2-channel", "int8-channel"], "points": 0, "estimator": "weight_mse", "rules": rules}
+    study = mp.study(**study_settings(small_llama, tmp_path, **settings, budgets=["weights <= 6 bits"]))
+    with pytest.raises(mp.InfeasibleError, match="under the rules") as caught:
+        study.run()
+    assert caught.value.code == "E203"
+    least = float(str(caught.value).split("weights <= 6 bits could be ")[1].split(" ")[0])
+    assert 8 < least < 9
+    study = mp.study(
+        **study_settings(small_llama, tmp_path, **settings, budgets=[f"weights <= {least} bits"], name="b")
+    )
+    study.run()
+    assert study.plans
 
 
 def test_a_budget_above_the_model_needs_no_search(small_llama: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def estimators(
     only: Annotated[list[str] | None, typer.Option("--only", help="Only this estimator; again for more.")] = None,
     plans: Annotated[int, typer.Option(help="Random plans that are measured.")] = 100,
     sizes: Annotated[int, typer.Option(help="At how many sizes plans are drawn and chosen.")] = 5,
-    limit: Annotated[float, typer.Option(help="Seconds that an estimator should take.")] = 60.0,
+    limit: Annotated[float, typer.Option(help="Seconds that an estimator should take.")] = 30.0,
     storage: Storage = DEFAULT_STORAGE,
     workers: Workers = None,
     quiet: Quiet = False,
@@ -37,7 +37,7 @@ def estimators(
     from mpsearch.cli.show import console, estimators_table, tournament_notes, tournament_table
 
     if not study:
-        if only or (plans, sizes, limit) != (100, 5, 60.0):
+        if only or (plans, sizes, limit) != (100, 5, 30.0):
             raise UsageError(
                 "E115",
                 "--only, --plans, --sizes and --limit are for estimators that compete",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from mpsearch import __version__
-from mpsearch.cli import compute, estimators, formats, options, stored
+from mpsearch.cli import compute, estimators, formats, options, search, solvers, stored
 from mpsearch.errors import MpsearchError
 
 app = typer.Typer(
@@ -28,6 +28,8 @@ for command in (
     stored.layers,
     formats.formats,
     estimators.estimators,
+    solvers.solvers,
+    search.search,
     compute.demo,
 ):
     app.command()(command)

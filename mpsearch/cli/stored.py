@@ -10,25 +10,53 @@ from typing import Annotated
 import typer
 
 from mpsearch.cli.options import DEFAULT_STORAGE, Budgets, Json, Storage, open_study
-from mpsearch.errors import InputError
+from mpsearch.errors import InputError, UsageError
 
 
 def solve(
-    name: Annotated[str, typer.Argument(help="Name of the study.")],
+    name: Annotated[str, typer.Argument(help="Name of the study.")] = "",
     budget: Budgets = None,
     storage: Storage = DEFAULT_STORAGE,
-    out: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the plan, or the choice, to this file.")] = None,
     as_json: Json = False,
+    table: Annotated[Path | None, typer.Option(help="Instead of a study: losses (.csv, .json, .parquet).")] = None,
+    costs: Annotated[list[Path] | None, typer.Option(help="Costs of the table; again for more.")] = None,
+    solver: Annotated[str, typer.Option(help="For a table: name of the solver.")] = "auto",
+    setting: Annotated[list[str] | None, typer.Option("--set", help="Setting of the solver, NAME=VALUE.")] = None,
+    rules: Annotated[Path | None, typer.Option(help="For a table: pins, ties, counts … (.toml).")] = None,
+    goal: Annotated[str, typer.Option(help="For a table: loss, worst, or a resource to spend least of.")] = "loss",
+    most_loss: Annotated[float | None, typer.Option(help="With a resource as the goal: the most loss.")] = None,
+    cautious: Annotated[float, typer.Option(help="For a table with spreads: standard errors to allow for.")] = 0.0,
 ) -> None:
-    """Solve for other budgets on the stored scores; neither the model nor torch is loaded.
+    """Solve for other budgets on stored scores, or on a table of your own; the model is not loaded.
 
     mpsearch solve tiny-llama --budget 'weights <= 3.5 bits'
+
+    mpsearch solve --table scores.csv --costs bytes.csv --budget 'bytes <= 40 %'
     """
+    if table is not None:
+        from mpsearch.cli.own_tables import solve_tables
+
+        if name:
+            raise UsageError("E115", "a study and --table are given", advice="leave one of them out")
+        solve_tables(
+            table, costs or [], budget or [], solver=solver, settings=setting or [], rules=rules, goal=goal,
+            most_loss=most_loss, cautious=cautious, out=out, as_json=as_json,
+        )  # fmt: skip
+        return
+    if not name:
+        raise UsageError("E115", "nothing to solve", advice="name a study, or give --table scores.csv")
+    if costs or setting or rules or most_loss is not None or cautious or (solver, goal) != ("auto", "loss"):
+        raise UsageError(
+            "E115", "--costs, --solver, --set, --rules, --goal, --most-loss and --cautious are for --table"
+        )
+    from mpsearch.cli.lines import doubt_lines, price_lines
     from mpsearch.cli.show import console, plan_table
 
     study = open_study(name, storage)
     try:
         plan = study.plan(*(budget or []))
+        doubtful = () if plan.source.get("uniform") else study.doubts(*(budget or []))
     finally:
         study.store.close()
     if out is not None:
@@ -45,6 +73,8 @@ def solve(
     if predicted.gap is not None:
         proven = "0 (proven least)" if predicted.gap <= 1e-9 else f"{100 * predicted.gap:.3g} % of the loss"
         sys.stdout.write(f"gap         {proven}, bound {predicted.bound:.5g}\n")
+    for line in [*price_lines(plan), *doubt_lines(doubtful, len(plan.layers.decisions))]:
+        sys.stdout.write(f"{line}\n")
     if out is not None:
         sys.stdout.write(f"plan        {out}\n")
 

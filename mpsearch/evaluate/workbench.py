@@ -10,6 +10,7 @@ from typing import Any
 
 from mpsearch import registry
 from mpsearch.errors import InputError, Notice
+from mpsearch.evaluate.first import First
 from mpsearch.format import Format
 from mpsearch.front import Measurement
 from mpsearch.layer import Layers, decisions
@@ -109,10 +110,9 @@ class Workbench:
 
     def _measure(self, task: MeasureTask) -> Measurement | Failed:
         evaluator = registry.make("evaluators", task.evaluator)
+        batches = First(self.validation, task.batches) if task.batches else self.validation
         try:
-            measured: Measurement = evaluator.measure(
-                self.model, BitPlan.from_json(task.plan), self.validation, task.label
-            )
+            measured: Measurement = evaluator.measure(self.model, BitPlan.from_json(task.plan), batches, task.label)
         except InputError as error:
             if error.code not in ("E421", "E511"):
                 raise

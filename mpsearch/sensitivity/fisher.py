@@ -18,7 +18,7 @@ from mpsearch.model.model import Model, samples_of
 from mpsearch.parts import wholes
 from mpsearch.sensitivity.activation_curvature import ReadErrors, Reads, rounds
 from mpsearch.sensitivity.assemble import Cell, Deltas, batch_seed, build_table, mean_cell, offered
-from mpsearch.sensitivity.derivatives import cut
+from mpsearch.sensitivity.derivatives import cut, total
 from mpsearch.sensitivity.harm import called
 from mpsearch.tables import SensitivityTable
 
@@ -65,7 +65,7 @@ class Fisher:
     by: ClassVar[Literal["cell", "batch"]] = "batch"
     covers: ClassVar[Sequence[str]] = ("weights", "activations", "caches")
     parts: ClassVar[bool] = True
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     streams: ClassVar[Literal["", "forward", "backward"]] = "backward"
     cost: ClassVar[str] = "1 forward and backward per sample"
     needs: ClassVar[Sequence[str]] = ("data", "logits")
@@ -103,15 +103,18 @@ class Fisher:
         generator = torch.Generator().manual_seed(batch_seed(self.seed, batch))
         values: dict[tuple[str, Format], list[float]] = {}
         reached: set[str] = set()
-        seen = called(model, batch, layers)
+        seen: set[str] | None = None
         moved: list[dict[tuple[str, Format], float]] = []
         for sample in samples_of(batch):
             squares, read_squares = self._squared_gradients(model, sample, whole, reads, generator)
             by_name = {layer.name: square for layer, square in zip(whole, squares, strict=True)}
             for layer, square in zip(weights, cut(weights, by_name), strict=True):
                 # An expert can be called without tokens: nothing is known of it, though its gradient is 0.
-                if square is not None and (layer.name in seen or bool(square.any())):
-                    reached.add(layer.name)
+                if square is not None and layer.name not in reached:
+                    if not (any_there := bool(square.any())) and seen is None:
+                        seen = called(model, batch, layers)
+                    if any_there or layer.name in (seen or ()):
+                        reached.add(layer.name)
                 for fmt in formats:
                     if not fmt.refuses(layer):
                         weighted = 0.0 if square is None else _weighted(square, deltas.own(layer, fmt))
@@ -171,7 +174,7 @@ class Fisher:
 
 
 def _weighted(square: Tensor, delta: Tensor) -> float:
-    return 0.5 * float((square * delta.square()).sum(dtype=torch.float64))
+    return 0.5 * total(torch.mul(delta, delta).mul_(square))
 
 
 def _moved(

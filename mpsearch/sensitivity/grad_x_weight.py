@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from mpsearch.errors import InputError
@@ -15,7 +16,7 @@ from mpsearch.layer import Decision, Layer
 from mpsearch.model.apply import swapped
 from mpsearch.model.model import Model, samples_of
 from mpsearch.sensitivity.assemble import Cell, Deltas, build_table, mean_cell
-from mpsearch.sensitivity.derivatives import gradients, own_weight
+from mpsearch.sensitivity.derivatives import gradients, own_weight, total
 from mpsearch.tables import SensitivityTable
 
 
@@ -52,7 +53,7 @@ class GradTimesWeight:
     by: ClassVar[Literal["cell", "batch"]] = "batch"
     covers: ClassVar[Sequence[str]] = ("weights",)
     parts: ClassVar[bool] = True
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     cost: ClassVar[str] = "1 forward and backward per sample"
     needs: ClassVar[Sequence[str]] = ("data", "loss")
 
@@ -91,7 +92,7 @@ class GradTimesWeight:
                         if g is not None:
                             reached.add((layer.name, fmt))
                         # A sample that never meets the layer does not change with it.
-                        change = 0.0 if g is None else float((g.double() * deltas.own(layer, fmt).double()).abs().sum())
+                        change = 0.0 if g is None else total(torch.mul(g, deltas.own(layer, fmt)).abs_())
                         values[layer.name, fmt].append(change)
 
         def cell(decision: Decision, fmt: Format) -> Cell:

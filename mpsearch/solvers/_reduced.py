@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mpsearch.errors import InputError
-from mpsearch.problem import Problem, Solution, exact_sum
+from mpsearch.problem import Problem, Solution
+from mpsearch.solvers._counting import Bools as Bools
+from mpsearch.solvers._counting import Floats as Floats
+from mpsearch.solvers._counting import Ints as Ints
+from mpsearch.solvers._counting import blocks as blocks
+from mpsearch.solvers._counting import counts, least_cells, stir
+from mpsearch.solvers._counting import finest as finest
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
+_EPS = float(np.finfo(np.float64).eps)
 
 #: An answer counts as proven when its gap is no larger than this.
 PROVEN = 1e-9
@@ -56,22 +58,43 @@ class Reduced:
     @classmethod
     def of(cls, problem: Problem) -> Reduced:
         """Reduce a problem that `impossible` has nothing to say about."""
-        keep = undominated(problem.loss, problem.cost[_breakable(problem, problem.offered)])
+        offered = problem.offered
+        keep = undominated(problem.loss, [problem.cost[r] for r in _breakable(problem, offered)])
         kept = _breakable(problem, keep)
-        cost = problem.cost[kept]
-        floor = np.where(keep, problem.loss, np.inf).min(axis=1, initial=np.inf)
-        excess = np.where(keep, problem.loss - floor[:, None], np.inf)
-        shift = int(np.frexp(excess.max(initial=0.0, where=keep))[1])
-        # Adding zero turns -0.0, which has other bits, into 0.0.
-        excess = np.ldexp(excess, -shift) + 0.0
-        use, low = np.zeros((2, *cost.shape), dtype=np.int64)
-        slack = np.zeros(len(kept), dtype=np.int64)
-        unit = []
-        for place, r in enumerate(kept):
-            use[place], low[place], slack[place], size = _counts(cost[place], keep, float(problem.limit[r]))
-            unit.append(size)
-        order = _by_content(excess, low)
-        return cls(order, excess[order], shift, floor, use[:, order], low[:, order], slack, tuple(kept), tuple(unit))
+        floor, excess, shift = _excess(problem.loss, keep)
+        seal = np.zeros(len(excess), dtype=np.uint64)
+        stir(seal, excess)
+        counted = [counts(problem.cost[r], keep, float(problem.limit[r])) for r in kept]
+        for _, low, _, _ in counted:
+            stir(seal, low)
+        order = np.argsort(seal, kind="stable").astype(np.int64)
+        excess = excess[order]
+        tables = np.empty((len(kept), *excess.shape), dtype=np.int64)
+        upper = tables if all(use is low for use, low, _, _ in counted) else np.empty_like(tables)
+        for place, (use, low, _, _) in enumerate(counted):
+            np.take(low, order, axis=0, out=tables[place])
+            if upper is not tables:
+                np.take(use, order, axis=0, out=upper[place])
+        slack = np.array([room for _, _, room, _ in counted], dtype=np.int64)
+        unit = tuple(size for _, _, _, size in counted)
+        return cls(order, excess, shift, floor, upper, tables, slack, tuple(kept), unit)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every cost is a whole count, so that what fits in counts is all that fits in truth."""
+        return self.use is self.low
+
+    def part(self, rows: Ints, choice: Ints) -> Reduced:
+        """Return the problem of some rows, while all others keep their choice.
+
+        The floor is that of all rows; what `back` and `loss` say is of no use here.
+        """
+        use = self.use[:, rows]
+        low = use if self.whole else self.low[:, rows]
+        others = self.counts(choice) - use[:, np.arange(len(rows)), choice[rows]].sum(axis=1)
+        return replace(
+            self, order=self.order[rows], excess=self.excess[rows], use=use, low=low, slack=self.slack - others
+        )
 
     def counts(self, choice: Ints) -> Ints:
         """(R',) counts that a choice uses, rounded up."""
@@ -114,14 +137,15 @@ def refusal(problem: Problem, takes: Collection[str] = ()) -> str:
         return "it has pair terms, and this solver adds up rows"
     if problem.aligned and "aligned" not in takes:
         return "it has counts that must be multiples"
-    rows = max(len(problem.loss), 1)
+    most = np.finfo(np.float64).max / (8 * max(len(problem.loss), 1))
     finite_limits = np.where(np.isfinite(problem.limit), problem.limit, 0.0)
-    for name, values in (
-        ("losses", np.where(problem.offered, problem.loss, 0.0)),
-        ("costs", problem.cost),
-        ("limits", finite_limits),
+    highest_loss = problem.loss.max(initial=0.0, where=problem.offered)
+    for name, low, high in (
+        ("losses", problem.loss.min(initial=0.0), highest_loss),
+        ("costs", problem.cost.min(initial=0.0), problem.cost.max(initial=0.0)),
+        ("limits", finite_limits.min(initial=0.0), finite_limits.max(initial=0.0)),
     ):
-        if np.abs(values).max(initial=0.0) > np.finfo(np.float64).max / (8 * rows):
+        if max(-low, high) > most:
             return f"the {name} are so large that their sums are no longer finite numbers"
     return ""
 
@@ -141,14 +165,15 @@ def accept(problem: Problem, solver: str, takes: Collection[str] = ()) -> None:
 
 def impossible(problem: Problem) -> str:
     """Say why no choice can fit, where that is seen at once; empty when it is not."""
-    empty = np.flatnonzero(~problem.offered.any(axis=1))
+    offered = problem.offered
+    empty = np.flatnonzero(~offered.any(axis=1))
     if empty.size:
         return f"row '{problem.names[empty[0]]}' has no format"
-    cheapest = np.where(problem.offered, problem.cost, np.inf).min(axis=2, initial=np.inf)
-    for name, costs, limit in zip(problem.resources, cheapest.tolist(), problem.limit.tolist(), strict=True):
-        # The sum is rounded once, which never changes its sign: this is exact.
-        if math.fsum([*costs, -limit]) > 0:
-            return f"{name}: the cheapest formats together cost {math.fsum(costs)!r}, the limit is {limit!r}"
+    for name, table, limit in zip(problem.resources, problem.cost, problem.limit.tolist(), strict=True):
+        cheapest = least_cells(table, offered)
+        if _exceeds(cheapest, limit):
+            total = math.fsum(cheapest.tolist())
+            return f"{name}: the cheapest formats together cost {total!r}, the limit is {limit!r}"
     return ""
 
 
@@ -166,76 +191,50 @@ def answer(
     return Solution.of(problem, choice, bound=bound, prices=prices, solver=solver, stats=stats, proven=proven)
 
 
-def undominated(loss: Floats, cost: Floats) -> Bools:
+def undominated(loss: Floats, cost: Sequence[Floats] | Floats) -> Bools:
     """(N, F) cells that no other cell of their row replaces at no more loss and no more of any cost.
 
     >>> undominated(np.array([[3.0, 1.0, 1.0, 2.0]]), np.array([[[1.0, 2.0, 2.0, 3.0]]])).tolist()
     [[True, True, False, False]]
     """
     keep = np.isfinite(loss)
-    tables = [loss, *cost]
-    for f in range(loss.shape[1]):
-        here = slice(f, f + 1)
-        before, after = slice(0, f), slice(f + 1, None)
-        beaten = np.logical_and.reduce([t[:, before] <= t[:, here] for t in tables]).any(axis=1)
-        no_worse = np.logical_and.reduce([t[:, after] <= t[:, here] for t in tables])
-        better = np.logical_or.reduce([t[:, after] < t[:, here] for t in tables])
-        keep[:, f] &= ~(beaten | (no_worse & better).any(axis=1))
+    for rows in blocks(len(loss)):
+        # One line per format: comparisons then run over all rows of the block at once.
+        tables = [np.ascontiguousarray(table[rows].T) for table in (loss, *cost)]
+        kept = np.ascontiguousarray(keep[rows].T)
+        for g in range(1, len(kept)):
+            for f in range(g):
+                no_worse = np.logical_and.reduce([table[f] <= table[g] for table in tables])
+                no_better = np.logical_and.reduce([table[f] >= table[g] for table in tables])
+                kept[g] &= ~no_worse
+                kept[f] &= no_worse | ~no_better
+        keep[rows] = kept.T
     return keep
-
-
-def finest(values: Floats) -> int:
-    """Return the largest k such that every value is a whole multiple of ``2**k``; 0 when all are zero.
-
-    >>> finest(np.array([0.0, 12.0, 2.5])), finest(np.array([4096.0]))
-    (-1, 12)
-    """
-    mantissa, exponent = np.frexp(values[values != 0])
-    if not exponent.size:
-        return 0
-    whole = np.ldexp(mantissa, 53).astype(np.int64)
-    zeros = np.frexp((whole & -whole).astype(np.float64))[1] - 1
-    return int((exponent.astype(np.int64) - 53 + zeros).min())
 
 
 def _breakable(problem: Problem, keep: Bools) -> list[int]:
     """Return the resources whose limit the dearest cells in ``keep`` together exceed, in exact arithmetic."""
-    dearest = np.where(keep, problem.cost, -np.inf).max(axis=2, initial=-np.inf).tolist()
     limits = enumerate(problem.limit.tolist())
-    return [r for r, limit in limits if limit < math.inf and math.fsum([*dearest[r], -limit]) > 0]
+    return [r for r, limit in limits if limit < math.inf and _exceeds(-least_cells(-problem.cost[r], keep), limit)]
 
 
-def _counts(cost: Floats, keep: Bools, limit: float) -> tuple[Ints, Ints, int, float]:
-    """Return use (rounded up), use (rounded down), slack and the size of one count, for one resource."""
-    least = np.where(keep, cost, np.inf).min(axis=1)
-    cost = np.where(keep, cost, least[:, None])
-    high, rest = _difference(cost, least[:, None])
-    # A sum of N counts must stay below 2**63, and a count must be exact as a float.
-    bits = min(52, 62 - len(cost).bit_length())
-    scale = max(finest(cost), int(np.frexp(high.max())[1]) - bits)
-    scaled = np.ldexp(high, -scale)
-    whole = np.floor(scaled)
-    whole -= (whole == scaled) & (rest < 0)
-    rounded = (np.ldexp(whole, scale) != high) | (rest != 0)
-    low = whole.astype(np.int64)
-    use = low + rounded
-    room = math.floor(exact_sum([limit, *(-least).tolist()]) / Fraction(2) ** scale)
-    step = 1 if rounded.any() else int(np.gcd.reduce(low, axis=None)) or 1
-    return use // step, low // step, room // step, math.ldexp(step, scale)
+def _exceeds(values: Floats, limit: float) -> bool:
+    """Say whether the exact sum of values is above the limit."""
+    over = float(values.sum()) - limit
+    doubt = _EPS * (len(values) + 2) * (float(np.abs(values).sum()) + abs(limit))
+    # A sum that is rounded once has the sign of the exact one.
+    return over > 0 if abs(over) > doubt else math.fsum([*values.tolist(), -limit]) > 0
 
 
-def _difference(left: Floats, right: Floats) -> tuple[Floats, Floats]:
-    """Return the rounded difference and what the rounding left over (Knuth's two-sum)."""
-    high = left - right
-    virtual = high - left
-    return high, (left - (high - virtual)) - (right + virtual)
-
-
-def _by_content(excess: Floats, use: Ints) -> Ints:
-    """Order rows by a hash of their numbers, so that an answer does not depend on the order they came in."""
-    seal = np.zeros(len(excess), dtype=np.uint64)
-    for table in (excess, *use):
-        for column in table.T:
-            seal = (seal ^ np.ascontiguousarray(column).view(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
-            seal ^= seal >> np.uint64(29)
-    return np.argsort(seal, kind="stable").astype(np.int64)
+def _excess(loss: Floats, keep: Bools) -> tuple[Floats, Floats, int]:
+    """Return each row's least loss, the losses above it scaled into [0, 1), and the power of two of the scale."""
+    floor, excess, most = least_cells(loss, keep), np.empty_like(loss), 0.0
+    for rows in blocks(len(loss)):
+        above = np.where(keep[rows], loss[rows], np.inf) - floor[rows, None]
+        most = max(most, float(above.max(initial=0.0, where=keep[rows])))
+        excess[rows] = above
+    shift = int(np.frexp(most)[1])
+    np.ldexp(excess, -shift, out=excess)
+    # Adding zero turns -0.0, which has other bits, into 0.0.
+    excess += 0.0
+    return floor, excess, shift

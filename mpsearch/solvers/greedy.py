@@ -5,13 +5,14 @@ from __future__ import annotations
 import heapq
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from mpsearch.problem import Problem, Solution
 from mpsearch.solvers._moves import repair, shares, top_up
 from mpsearch.solvers._reduced import Floats, Ints, Reduced, accept, answer, impossible, refusal
-from mpsearch.solvers.bound import Dual, maximise
+from mpsearch.solvers.lagrangian import Dual, maximise
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Greedy:
     ``loss + price cost``, from which rows are moved to cheaper cells until every budget is kept.
 
     With one budget the loss exceeds the optimum by at most the loss of one step; with unequal rows it is not exact.
-    Losses in the unit of the table; lower is better. The bound is that of `mpsearch.solvers.bound`.
+    Losses in the unit of the table; lower is better. The bound is that of `mpsearch.solvers.lagrangian`.
 
     Cost: O(N F log N) steps of a heap, and O(R N F^2) for the hulls. Memory: a few copies of the cells.
 
@@ -38,6 +39,10 @@ class Greedy:
     >>> s.choice.tolist(), s.loss, s.cost, s.status
     ([1, 2], 1.0, (6.0,), 'optimal')
     """
+
+    takes: ClassVar[str] = "any budgets"
+    proves: ClassVar[str] = "a gap"
+    cost: ClassVar[str] = "N F log N"
 
     def refuses(self, problem: Problem) -> str:
         """Say why this problem cannot be solved here; empty when it can."""

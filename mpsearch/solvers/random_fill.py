@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from mpsearch.problem import Problem, Solution
-from mpsearch.solvers.bound import lagrangian_bound
+from mpsearch.solvers._reduced import accept, refusal
+from mpsearch.solvers.lagrangian import lagrangian_bound
+
+#: Shares of a limit above this are all the same.
+_LARGEST = 1e300
 
 
 @dataclass(frozen=True)
@@ -33,23 +38,37 @@ class RandomFill:
 
     seed: int = 0
     rounds: int = 4
+    takes: ClassVar[str] = "any budgets"
+    proves: ClassVar[str] = "nothing: a baseline"
+    cost: ClassVar[str] = "N F"
 
     def refuses(self, problem: Problem) -> str:
-        return ""
+        """Say why this problem cannot be solved here; empty when it can."""
+        return refusal(problem)
 
     def solve(self, problem: Problem) -> Solution:
+        """Return the plan that was drawn.
+
+        Raises:
+            InputError: the problem has pairs or counts, or its numbers are too large to be summed (E210).
+        """
+        accept(problem, "random")
         offered = problem.offered
         if not offered.any(axis=1).all():
             return Solution.without(problem, "infeasible", "random")
         scale = np.where((problem.limit > 0) & np.isfinite(problem.limit), problem.limit, 1.0)
-        weight = (problem.cost / scale[:, None, None]).sum(axis=0)
+        with np.errstate(over="ignore"):
+            shares = np.nan_to_num(problem.cost / scale[:, None, None], posinf=_LARGEST, neginf=-_LARGEST)
+        weight = np.clip(shares, -_LARGEST, _LARGEST).sum(axis=0)
         choice = np.where(offered, weight, np.inf).argmin(axis=1).astype(np.int64)
         if not problem.fits(choice):
             proven = any(least > limit for least, limit in zip(problem.least(), problem.limit, strict=True))
             return Solution.without(problem, "infeasible" if proven else "unsolved", "random")
         generator = np.random.default_rng(self.seed)
         rows = np.arange(len(choice))
-        slack = 1e-9 * np.where(np.isfinite(problem.limit), np.abs(problem.limit), 0.0)
+        # What rounding can have done to sums of the largest costs there are, many times over.
+        size = np.abs(np.where(np.isfinite(problem.limit), problem.limit, 0.0)) + np.abs(problem.cost).sum(axis=(1, 2))
+        slack = 1e-9 * size
         used = problem.cost[:, rows, choice].sum(axis=1)
 
         def try_to_take(row: int, column: int) -> bool:

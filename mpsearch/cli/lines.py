@@ -1,0 +1,34 @@
+"""Lines that say what a budget is worth and which choices the errors of the scores leave open."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from mpsearch.cli.show import safe
+from mpsearch.plan import BitPlan
+from mpsearch.robust import Doubt
+
+_LISTED = 5
+_UNITS = {"weights": ("MiB", 2**20), "kv": ("MiB", 2**20), "bops": ("GBOP", 10**9)}
+
+
+def price_lines(plan: BitPlan) -> Iterator[str]:
+    """What one more unit of each budget would save."""
+    for entry in plan.source.get("prices", ()):
+        resource = str(entry["budget"]).split(" ")[0]
+        unit, size = _UNITS.get(resource, ("unit", 1))
+        if entry["price"] > 0:
+            saved = f"{entry['price'] * size:.3g} {plan.predicted.unit}"
+            yield f"price       one more {unit} of {resource} would save {saved}"
+
+
+def doubt_lines(doubts: Sequence[Doubt], count: int) -> Iterator[str]:
+    """How many choices are within noise, and the first few, most worth measuring better first."""
+    if not doubts:
+        return
+    yield f"in doubt    {len(doubts)} of {count} choices are within noise; worth measuring better first:"
+    for doubt in doubts[:_LISTED]:
+        more = "" if math.isinf(doubt.samples) else f", clear with {doubt.samples:.3g} x the samples"
+        lead = f"leads {safe(doubt.other)} by {doubt.lead:.3g} ± {doubt.error:.2g}"
+        yield f"            {safe(doubt.row)}: {safe(doubt.chosen)} {lead}{more}"

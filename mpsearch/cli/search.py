@@ -1,0 +1,116 @@
+"""The command that searches for the plan of least measured loss."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mpsearch.cli.options import DEFAULT_STORAGE, Budgets, Json, Quiet, Storage, Workers, open_study, worker_count
+from mpsearch.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from mpsearch.searching import Searched
+
+
+def search(
+    name: Annotated[str, typer.Argument(help="Name of the study, or a study file (.toml).")],
+    searcher: Annotated[
+        str, typer.Option(help="refine, evolve, optuna, surrogate or bisection, or a plug-in.")
+    ] = "refine",
+    evaluations: Annotated[int, typer.Option(help="Most measurements.")] = 60,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE, a setting of the searcher; again for more.")
+    ] = None,
+    target: Annotated[float | None, typer.Option(help="Loss that --searcher bisection keeps.")] = None,
+    budget: Budgets = None,
+    storage: Storage = DEFAULT_STORAGE,
+    workers: Workers = None,
+    out: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None,
+    optuna_storage: Annotated[
+        bool, typer.Option("--optuna-storage", help="Also keep the trials as an Optuna study in the same database.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Search for the plan of least measured loss; what was measured before is not measured again.
+
+    mpsearch search tiny-llama --searcher refine --evaluations 60
+    """
+    from dataclasses import replace
+
+    from mpsearch import registry
+    from mpsearch.cli.progress import Progress
+    from mpsearch.searching import storage_of
+    from mpsearch.spec import StudySpec
+    from mpsearch.studying import Study
+
+    settings = _settings(setting or [])
+    if target is not None:
+        settings["target"] = target
+    progress = Progress(quiet or as_json)
+    if name.endswith(".toml"):
+        given = {} if storage == DEFAULT_STORAGE else {"storage": storage}
+        spec = StudySpec.load(name, workers=worker_count(workers), **given)
+        study = Study(spec, registry.make("stores", "sql", url=spec.storage), report=progress)
+    else:
+        stored = open_study(name, storage)
+        study = Study(replace(stored.spec, workers=worker_count(workers)), stored.store, report=progress)
+    with closing(study.store), progress.around(study, "the same command"):
+        found = study.search(searcher, evaluations=evaluations, budgets=budget or (), **settings)
+    if out is not None:
+        found.plan.save(out)
+    if optuna_storage:
+        url = storage_of(study.spec.storage)
+        registry.load("searchers", "optuna").publish(url, f"{study.name} {found.searcher}", found.problem, found.trials)
+    if as_json:
+        sys.stdout.write(json.dumps(found.to_json(), indent=1) + "\n")
+        return
+    _present(found, out)
+
+
+def _present(found: Searched, out: Path | None) -> None:
+    from mpsearch.cli.show import console, plan_table
+
+    start, best = found.start, found.best
+    console().print(plan_table(found.plan))
+    weights = found.plan.layers.weights
+    whole = sum(not item.trial.batches for item in found.trials)
+    lines = [
+        f"measured    {len(found.trials)} plans, {whole} of them on all batches: {sum(found.tokens):,} tokens",
+        f"bytes       {found.plan.bytes:,} ({8 * found.plan.bytes / weights:.4f} bits per weight)",
+        f"start       {start.loss:.5g} ± {start.spread:.2g}",
+        f"best        {best.loss:.5g} ± {best.spread:.2g} ({_change(start.loss, best.loss)})",
+    ]
+    if found.note:
+        lines.append(f"searcher    {found.note}")
+    if out is not None:
+        lines.append(f"plan        {out}")
+    sys.stdout.write("\n" + "\n".join(lines) + "\n")
+
+
+def _change(start: float, best: float) -> str:
+    if best == start:
+        return "the start: nothing better was found"
+    return f"{100 * abs(1 - best / start):.1f} % {'below' if best < start else 'above'} the start" if start else ""
+
+
+def _settings(texts: list[str]) -> dict[str, Any]:
+    """Read settings; values are JSON, or texts as they are."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UsageError("E115", f"--set '{text}' is not NAME=VALUE", advice="--set screen=8")
+        try:
+            read = json.loads(value)
+        except ValueError:
+            read = value
+        if isinstance(read, dict):
+            raise InputError("E107", f"--set {name}: got {value}", advice="give a number, a text or a list")
+        found[name] = tuple(read) if isinstance(read, list) else read
+    return found

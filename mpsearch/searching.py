@@ -1,0 +1,315 @@
+"""Searching for plans by what they measure: a searcher names plans, and the study measures them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpsearch import registry
+from mpsearch.budget import parse_budgets
+from mpsearch.errors import InfeasibleError, InputError
+from mpsearch.front import Measurement
+from mpsearch.keys import content_key
+from mpsearch.plan import BitPlan, Predicted
+from mpsearch.planning import Labelled, Planner
+from mpsearch.ports import Searcher
+from mpsearch.problem import Problem
+from mpsearch.trials import Seen, Trial
+
+if TYPE_CHECKING:
+    from mpsearch.session import Session
+    from mpsearch.studying import Study
+
+Measure = Callable[[Sequence[Trial]], Sequence[Seen]]
+#: Plans of searches stand after those of a study's own run.
+_POSITION = 1_000_000
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a search measured and found.
+
+    Attributes:
+        searcher: name of the searcher.
+        settings: its settings.
+        budgets: what every plan keeps.
+        trials: what was measured, in the order in which it was asked for; losses in nats per token.
+        tokens: evaluated tokens of each trial; samples, for a model that was given as a module.
+        best: the trial that the searcher settled on.
+        plan: its plan, which can be exported.
+        problem: what was searched.
+        note: what the searcher says of it.
+    """
+
+    searcher: str
+    settings: Mapping[str, Any]
+    budgets: tuple[str, ...]
+    trials: tuple[Seen, ...]
+    tokens: tuple[int, ...]
+    best: Seen
+    plan: BitPlan
+    problem: Problem = field(repr=False, compare=False)
+    note: str = ""
+
+    @property
+    def start(self) -> Seen:
+        """The first trial that was measured on all batches."""
+        return next(item for item in self.trials if not item.trial.batches)
+
+    @property
+    def history(self) -> list[tuple[int, float]]:
+        """Evaluated tokens and the least loss on all batches by then, one pair for each time that it fell."""
+        return history(self.trials, self.tokens)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "searcher": self.searcher,
+            "settings": dict(self.settings),
+            "budgets": list(self.budgets),
+            "trials": [
+                {
+                    "choice": list(item.trial.choice),
+                    "batches": item.trial.batches,
+                    "loss": item.loss if math.isfinite(item.loss) else None,
+                    "spread": item.spread if math.isfinite(item.spread) else None,
+                    "tokens": tokens,
+                }
+                for item, tokens in zip(self.trials, self.tokens, strict=True)
+            ],
+            "best": self.trials.index(self.best),
+            "plan": self.plan.key,
+            "note": self.note,
+        }
+
+
+def history(trials: Sequence[Seen], tokens: Sequence[int]) -> list[tuple[int, float]]:
+    """Return (tokens so far, least loss on all batches so far) each time that the loss fell.
+
+    >>> trials = [Seen(Trial((0,)), 3.0), Seen(Trial((1,), 2), 1.0), Seen(Trial((1,)), 2.0)]
+    >>> history(trials, [64, 8, 64])
+    [(64, 3.0), (136, 2.0)]
+    """
+    found: list[tuple[int, float]] = []
+    used, least = 0, math.inf
+    for item, count in zip(trials, tokens, strict=True):
+        used += count
+        if not item.trial.batches and item.loss < least:
+            least = item.loss
+            found.append((used, least))
+    return found
+
+
+def drive(problem: Problem, searcher: Searcher, measure: Measure, evaluations: int) -> tuple[Seen, ...]:
+    """Ask, measure and ask again, until the searcher asks for nothing more or the evaluations are used up.
+
+    Args:
+        problem: what is searched.
+        searcher: who asks.
+        measure: measures some trials, and returns what was measured of each, in their order.
+        evaluations: most trials.
+
+    Raises:
+        ValueError: the searcher asks for a plan that does not fit, or for a trial again.
+    """
+    seen: list[Seen] = []
+    while len(seen) < evaluations:
+        asked = list(searcher.ask(problem, tuple(seen)))[: evaluations - len(seen)]
+        if not asked:
+            break
+        before = {item.trial for item in seen}
+        for trial in asked:
+            if trial in before:
+                raise ValueError(f"the searcher asks for {trial} a second time")
+            if not problem.fits(np.array(trial.choice, dtype=np.int64)):
+                raise ValueError(f"the searcher asks for {trial}, which does not fit")
+            before.add(trial)
+        seen += measure(asked)
+    return tuple(seen)
+
+
+def search_study(
+    study: Study,
+    searcher: str | Searcher = "refine",
+    evaluations: int = 60,
+    budgets: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> Searched:
+    """Search for the plan of least measured loss within budgets.
+
+    Every measurement is kept in the study's store under its content key, part of which is on how many batches it was
+    taken. A search that was stopped asks for the same again, finds it there, and goes on; nothing is measured twice.
+    The best plan joins the study's measured plans as ``mixed SEARCHER``.
+
+    Args:
+        study: says the model, the texts, the menu, the pins and the estimator.
+        searcher: name of a searcher, or one that is set up.
+        evaluations: most measurements, each counting one however few its batches.
+        budgets: what every plan must keep; the study's own when there are none.
+        settings: of a searcher given by name.
+
+    Raises:
+        InfeasibleError: no plan keeps the budgets (E201, E203).
+        InputError: no such searcher or setting (E107), fewer than one evaluation (E113), a problem that it cannot take
+            (E210), or no plan could be measured (E511); or as `Study.session`.
+    """
+    if isinstance(evaluations, bool) or evaluations < 1:
+        raise InputError("E113", f"evaluations is {evaluations!r}, expected at least 1")
+    name, made = _made(searcher, evaluations, dict(settings or {}))
+    wanted = parse_budgets(budgets) if budgets else study.budgets
+    with study.session(study.spec.estimator) as session:
+        session.planner = dataclasses.replace(session.planner, budgets=wanted)
+        session.planner.check(wanted)
+        scores, _ = session.score(study.spec.estimator)
+        study.store.link(study.name, "scores", str(scores.source["scope"]))
+        problem = session.planner.problem(scores, wanted)
+        if reason := made.refuses(problem):
+            raise InputError("E210", f"searcher '{name}' cannot take this: {reason}")
+        source = {"budgets": [str(b) for b in wanted], "search": name, "scores": scores.source.get("scope", "")}
+        runner = _Runner(session, source, evaluations)
+        trials = drive(problem, made, runner.measure, evaluations)
+        if not trials:
+            raise InfeasibleError(
+                "E203", f"searcher '{name}' found no plan within {' and '.join(source['budgets'])}", advice="loosen one"
+            )
+        best = _best(made, problem, trials)
+        if best is None or not math.isfinite(best.loss):
+            raise InputError("E511", f"none of the {len(trials)} plans gives finite values", advice="larger budgets")
+        plan = session.planner.predict(scores, runner.plan(best.trial))
+        plan = dataclasses.replace(
+            plan, predicted=dataclasses.replace(plan.predicted, cost=runner.plan(best.trial).cost)
+        )
+        report = getattr(made, "report", None)
+        found = Searched(
+            name,
+            _settings(made),
+            tuple(source["budgets"]),
+            trials,
+            tuple(runner.tokens),
+            best,
+            plan,
+            problem,
+            "" if report is None else report(problem, trials),
+        )
+        _keep(session, found)
+    return found
+
+
+class _Runner:
+    """Measures trials in a session, and counts the tokens."""
+
+    def __init__(self, session: Session, source: Mapping[str, Any], evaluations: int) -> None:
+        self.tokens: list[int] = []
+        self._session = session
+        self._source = source
+        self._evaluations = evaluations
+        self._whole = 0
+
+    def plan(self, trial: Trial) -> BitPlan:
+        return _plan(self._session.planner, trial, self._source)
+
+    def measure(self, trials: Sequence[Trial]) -> list[Seen]:
+        """Measure trials, those on all batches first: they show how many batches there are."""
+        found: dict[Trial, Seen] = {}
+        tokens: dict[Trial, int] = {}
+        for level in sorted({trial.batches for trial in trials}):
+            same = [trial for trial in trials if trial.batches == level]
+            for trial, measurement in self._level(same, level):
+                samples = 0 if measurement is None else len(measurement.samples)
+                tokens[trial] = samples * self._session.study.positions
+                found[trial] = (
+                    Seen(trial, math.inf) if measurement is None else Seen(trial, measurement.loss, measurement.spread)
+                )
+                self._whole = max(self._whole, samples) if not level else self._whole
+        self.tokens += [tokens[trial] for trial in trials]
+        self._session.study.report("search", len(self.tokens), self._evaluations)
+        return [found[trial] for trial in trials]
+
+    def _level(self, trials: Sequence[Trial], level: int) -> Iterator[tuple[Trial, Measurement | None]]:
+        """Measure trials on so many batches; None where the model gives no finite values."""
+        session = self._session
+        # What covers all batches is the same measurement as one on all of them.
+        level = 0 if 0 < self._whole <= level * session.study.batch_samples else level
+        plans = [
+            Labelled(f"{self._source['search']} {len(self.tokens) + k}", self.plan(t)) for k, t in enumerate(trials)
+        ]
+        keys = [session.measurement_key(item.plan, level) for item in plans]
+        lost = session.study.store.get_many("unmeasured", keys)
+        measured = session.measure([x for x, key in zip(plans, keys, strict=True) if key not in lost], level, phase="")
+        for trial, item, key in zip(trials, plans, keys, strict=True):
+            measurement = measured.get(item.plan.key)
+            if measurement is None and key not in lost:
+                session.study.store.put("unmeasured", key, {"plan": item.plan.assignment, "batches": level})
+            yield trial, measurement
+
+
+def _made(searcher: str | Searcher, evaluations: int, settings: dict[str, Any]) -> tuple[str, Searcher]:
+    if not isinstance(searcher, str):
+        names = {registry.load("searchers", name): name for name in registry.BUILT_IN["searchers"]}
+        return names.get(type(searcher), type(searcher).__name__), searcher
+    if "evaluations" in registry.settings("searchers", searcher):
+        settings.setdefault("evaluations", evaluations)
+    return searcher, registry.make("searchers", searcher, **settings)
+
+
+def _settings(searcher: Any) -> dict[str, Any]:
+    if not dataclasses.is_dataclass(searcher):
+        return {}
+    return {f.name: getattr(searcher, f.name) for f in dataclasses.fields(searcher)}
+
+
+def _best(searcher: Any, problem: Problem, trials: Sequence[Seen]) -> Seen | None:
+    """What the searcher settles on; of one that does not say, the least loss on all batches."""
+    if hasattr(searcher, "best"):
+        chosen: Seen | None = searcher.best(problem, trials)
+        return chosen
+    return min((item for item in trials if not item.trial.batches), key=lambda item: item.loss, default=None)
+
+
+def _plan(planner: Planner, trial: Trial, source: Mapping[str, Any]) -> BitPlan:
+    rows = planner.layers.decisions
+    formats = {
+        layer.name: planner.formats[column]
+        for decision, column in zip(rows, trial.choice, strict=True)
+        for layer in decision.layers
+    }
+    cost = {
+        table.resource: math.fsum([*table.value[np.arange(len(rows)), list(trial.choice)].tolist(), table.fixed])
+        for table in planner.costs
+    }
+    return BitPlan(planner.layers, formats, planner.model, Predicted(cost=cost), source)
+
+
+def _keep(session: Session, found: Searched) -> None:
+    """Store the search, and let its plan join the study's measured plans."""
+    study, body = session.study, found.to_json()
+    study.store.put("search", content_key(body), body)
+    study.store.link(study.name, "search", content_key(body), found.searcher)
+    study.store.put("plan", found.plan.key, found.plan.to_json())
+    label = f"mixed {found.searcher}"
+    study.store.link(study.name, "plan", found.plan.key, label, _POSITION)
+    if not found.best.trial.batches:
+        study.store.link(study.name, "measurement", session.measurement_key(found.plan), label, _POSITION)
+
+
+def storage_of(storage: str) -> str:
+    """Address of a study's database as SQLAlchemy, and so Optuna, takes it.
+
+    Raises:
+        InputError: a database in memory, which nobody else can read (E107).
+
+    >>> storage_of("postgresql://ann@db.lan/mp")
+    'postgresql+psycopg://ann@db.lan/mp'
+    """
+    scheme, colon, rest = storage.partition("://")
+    if colon and scheme.partition("+")[0] in ("postgresql", "postgres"):
+        return f"postgresql+psycopg://{rest}"
+    path = rest.removeprefix("/") if colon else storage
+    if path in ("", ":memory:"):
+        raise InputError("E107", "a database in memory cannot be shared with Optuna", advice="give a file as storage")
+    return f"sqlite:///{Path(path).expanduser().resolve()}"
