@@ -4,9 +4,9 @@
 
 For each budget, plans are chosen from three menus: bits alone (rounded to nearest in groups of 64), bits alone rounded
 by GPTQ, and a joint menu of bits, group sizes, symmetric and asymmetric codes, and rounding to nearest or by GPTQ.
-Scores are taken under the rounding that ships. The joint plan is then refined on measured losses. Each row says the measured
-KL on all validation tokens, that of the best uniform GPTQ plan within the bytes, and the seconds of each step of the
-search; measuring the uniform rivals is not part of them.
+Scores are taken under the rounding that ships. The joint plan is then refined on measured losses. Each row says the
+measured KL on all validation tokens, that of the best uniform GPTQ plan within the bytes, and the seconds of each step
+of the search; measuring the uniform rivals is not part of them.
 """
 
 from __future__ import annotations

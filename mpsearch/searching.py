@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +19,8 @@ from mpsearch.plan import BitPlan, Predicted
 from mpsearch.planning import Labelled, Planner
 from mpsearch.ports import Searcher
 from mpsearch.problem import Problem
+from mpsearch.ruled import Ruled
+from mpsearch.rules import Rules
 from mpsearch.trials import Seen, Trial
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Searched:
         plan: its plan, which can be exported.
         problem: what was searched.
         note: what the searcher says of it.
+        held_out: the start and the best plan, measured on the validation batches; None where one could not be.
     """
 
     searcher: str
@@ -56,6 +58,7 @@ class Searched:
     plan: BitPlan
     problem: Problem = field(repr=False, compare=False)
     note: str = ""
+    held_out: tuple[Measurement, Measurement] | None = None
 
     @property
     def start(self) -> Seen:
@@ -85,7 +88,13 @@ class Searched:
             "best": self.trials.index(self.best),
             "plan": self.plan.key,
             "note": self.note,
+            "held_out": None if self.held_out is None else [_figures(item) for item in self.held_out],
         }
+
+
+def _figures(measurement: Measurement) -> dict[str, Any]:
+    spread = measurement.spread if math.isfinite(measurement.spread) else None
+    return {"loss": measurement.loss, "spread": spread}
 
 
 def history(trials: Sequence[Seen], tokens: Sequence[int]) -> list[tuple[int, float]]:
@@ -144,7 +153,11 @@ def search_study(
 
     Every measurement is kept in the study's store under its content key, part of which is on how many batches it was
     taken. A search that was stopped asks for the same again, finds it there, and goes on; nothing is measured twice.
-    The best plan joins the study's measured plans as ``mixed SEARCHER``.
+
+    What is chosen by its measured loss looks better than it is on the data it was chosen on. So the search measures on
+    the calibration batches, and only its start and its best plan are measured on the validation batches, which chose
+    nothing. (A searcher that keeps a target is ``judged_on`` validation: the target is of that data.) The best plan
+    joins the study's measured plans as ``mixed SEARCHER``.
 
     Args:
         study: says the model, the texts, the menu, the pins and the estimator.
@@ -167,11 +180,13 @@ def search_study(
         session.planner.check(wanted)
         scores, _ = session.score(study.spec.estimator)
         study.store.link(study.name, "scores", str(scores.source["scope"]))
-        problem = session.planner.problem(scores, wanted)
+        ruled = Rules.of(study.spec.rules).apply(session.planner.problem(scores, wanted))
+        problem = ruled.problem
         if reason := made.refuses(problem):
             raise InputError("E210", f"searcher '{name}' cannot take this: {reason}")
         source = {"budgets": [str(b) for b in wanted], "search": name, "scores": scores.source.get("scope", "")}
-        runner = _Runner(session, source, evaluations)
+        on_calibration = getattr(made, "judged_on", "calibration") == "calibration"
+        runner = _Runner(session, source, evaluations, ruled, on_calibration)
         trials = drive(problem, made, runner.measure, evaluations)
         if not trials:
             raise InfeasibleError(
@@ -196,6 +211,7 @@ def search_study(
             problem,
             "" if report is None else report(problem, trials),
         )
+        found = dataclasses.replace(found, held_out=_held_out(session, found, runner.plan(found.start.trial)))
         _keep(session, found)
     return found
 
@@ -203,15 +219,20 @@ def search_study(
 class _Runner:
     """Measures trials in a session, and counts the tokens."""
 
-    def __init__(self, session: Session, source: Mapping[str, Any], evaluations: int) -> None:
+    def __init__(
+        self, session: Session, source: Mapping[str, Any], evaluations: int, ruled: Ruled, calibration: bool
+    ) -> None:
         self.tokens: list[int] = []
         self._session = session
         self._source = source
         self._evaluations = evaluations
+        self._group = ruled.group
+        self._calibration = calibration
         self._whole = 0
 
     def plan(self, trial: Trial) -> BitPlan:
-        return _plan(self._session.planner, trial, self._source)
+        choice = np.array(trial.choice, dtype=np.int64)[self._group]
+        return _plan(self._session.planner, choice.tolist(), self._source)
 
     def measure(self, trials: Sequence[Trial]) -> list[Seen]:
         """Measure trials, those on all batches first: they show how many batches there are."""
@@ -238,9 +259,11 @@ class _Runner:
         plans = [
             Labelled(f"{self._source['search']} {len(self.tokens) + k}", self.plan(t)) for k, t in enumerate(trials)
         ]
-        keys = [session.measurement_key(item.plan, level) for item in plans]
+        calibration = self._calibration
+        keys = [session.measurement_key(item.plan, level, calibration=calibration) for item in plans]
         lost = session.study.store.get_many("unmeasured", keys)
-        measured = session.measure([x for x, key in zip(plans, keys, strict=True) if key not in lost], level, phase="")
+        todo = [x for x, key in zip(plans, keys, strict=True) if key not in lost]
+        measured = session.measure(todo, level, phase="", calibration=calibration)
         for trial, item, key in zip(trials, plans, keys, strict=True):
             measurement = measured.get(item.plan.key)
             if measurement is None and key not in lost:
@@ -271,15 +294,24 @@ def _best(searcher: Any, problem: Problem, trials: Sequence[Seen]) -> Seen | Non
     return min((item for item in trials if not item.trial.batches), key=lambda item: item.loss, default=None)
 
 
-def _plan(planner: Planner, trial: Trial, source: Mapping[str, Any]) -> BitPlan:
+def _held_out(session: Session, found: Searched, start: BitPlan) -> tuple[Measurement, Measurement] | None:
+    """Measure the start and the best plan on the validation batches; None where one gives no finite values."""
+    plans = [Labelled("start", start), Labelled(f"mixed {found.searcher}", found.plan)]
+    measured = session.measure(plans, phase="")
+    if any(item.plan.key not in measured for item in plans):
+        return None
+    return measured[start.key], measured[found.plan.key]
+
+
+def _plan(planner: Planner, choice: Sequence[int], source: Mapping[str, Any]) -> BitPlan:
     rows = planner.layers.decisions
     formats = {
         layer.name: planner.formats[column]
-        for decision, column in zip(rows, trial.choice, strict=True)
+        for decision, column in zip(rows, choice, strict=True)
         for layer in decision.layers
     }
     cost = {
-        table.resource: math.fsum([*table.value[np.arange(len(rows)), list(trial.choice)].tolist(), table.fixed])
+        table.resource: math.fsum([*table.value[np.arange(len(rows)), list(choice)].tolist(), table.fixed])
         for table in planner.costs
     }
     return BitPlan(planner.layers, formats, planner.model, Predicted(cost=cost), source)
@@ -293,23 +325,5 @@ def _keep(session: Session, found: Searched) -> None:
     study.store.put("plan", found.plan.key, found.plan.to_json())
     label = f"mixed {found.searcher}"
     study.store.link(study.name, "plan", found.plan.key, label, _POSITION)
-    if not found.best.trial.batches:
+    if found.held_out is not None:
         study.store.link(study.name, "measurement", session.measurement_key(found.plan), label, _POSITION)
-
-
-def storage_of(storage: str) -> str:
-    """Address of a study's database as SQLAlchemy, and so Optuna, takes it.
-
-    Raises:
-        InputError: a database in memory, which nobody else can read (E107).
-
-    >>> storage_of("postgresql://ann@db.lan/mp")
-    'postgresql+psycopg://ann@db.lan/mp'
-    """
-    scheme, colon, rest = storage.partition("://")
-    if colon and scheme.partition("+")[0] in ("postgresql", "postgres"):
-        return f"postgresql+psycopg://{rest}"
-    path = rest.removeprefix("/") if colon else storage
-    if path in ("", ":memory:"):
-        raise InputError("E107", "a database in memory cannot be shared with Optuna", advice="give a file as storage")
-    return f"sqlite:///{Path(path).expanduser().resolve()}"

@@ -87,23 +87,26 @@ class Session:
         )
         return scores, scoring.seconds(study.store, scores.source["batches"])
 
-    def measure(self, plans: Sequence[Labelled], batches: int = 0, phase: str = "measure") -> dict[str, Measurement]:
+    def measure(
+        self, plans: Sequence[Labelled], batches: int = 0, phase: str = "measure", *, calibration: bool = False
+    ) -> dict[str, Measurement]:
         """Measure plans that were not measured before.
 
         Args:
             plans: the plans.
-            batches: how many of the validation batches to measure on, from the first; 0 for all.
+            batches: how many of the batches to measure on, from the first; 0 for all.
             phase: what to report progress as; nothing is reported when empty.
+            calibration: measure on the calibration batches instead of the validation batches.
 
         Returns:
             Key of the plan -> measurement, of all that could be measured; `failed` says why others could not.
         """
         store, tasks, self.failed = self.study.store, dict[str, MeasureTask](), []
-        keys = [self.measurement_key(item.plan, batches) for item in plans]
+        keys = [self.measurement_key(item.plan, batches, calibration=calibration) for item in plans]
         known = store.get_many("measurement", keys)
         for key, item in zip(keys, plans, strict=True):
             if key not in known and key not in tasks:
-                tasks[key] = MeasureTask(EVALUATOR, item.plan.to_json(), batches=batches)
+                tasks[key] = MeasureTask(EVALUATOR, item.plan.to_json(), batches=batches, calibration=calibration)
         asked = list(tasks)
         if phase:
             self.study.report(phase, 0, len(asked))
@@ -122,12 +125,13 @@ class Session:
             if key in known
         }
 
-    def measurement_key(self, plan: BitPlan, batches: int = 0) -> str:
+    def measurement_key(self, plan: BitPlan, batches: int = 0, *, calibration: bool = False) -> str:
         """Content key of a plan's measurement in this study, on the first batches or on all."""
         spec, identity = self.study.spec, self.study.identity
-        cut = [spec.validation_tokens, spec.length, spec.batch_size]
+        text = identity["calibration" if calibration else "validation"]
+        cut = [spec.tokens if calibration else spec.validation_tokens, spec.length, spec.batch_size]
         evaluator = [EVALUATOR, registry.load("evaluators", EVALUATOR).version]
-        parts = [plan.assignment, identity["validation"], cut, evaluator, fingerprint()]
+        parts = [plan.assignment, text, cut, evaluator, fingerprint()]
         parts += sorted({fmt.key for fmt in plan.formats.values()} - {str(fmt) for fmt in plan.formats.values()})
         if any(fmt.calibrated for fmt in plan.formats.values()):
             parts.append([identity["calibration"], spec.tokens])

@@ -115,13 +115,15 @@ class MeasureTask:
         evaluator: name of the evaluator.
         plan: the plan as JSON.
         label: what the plan is to its study.
-        batches: how many of the validation batches to use, from the first; 0 for all.
+        batches: how many of the batches to use, from the first; 0 for all.
+        calibration: measure on the calibration batches instead of the validation batches.
     """
 
     evaluator: str
     plan: Mapping[str, Any] = field(hash=False)
     label: str = ""
     batches: int = 0
+    calibration: bool = False
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ import pytest
 import mpsearch as mp
 from mpsearch import registry
 from mpsearch.cli.main import run
+from mpsearch.cli.search import storage_of
 from mpsearch.errors import InfeasibleError, InputError
 from mpsearch.evaluate.first import First
 from mpsearch.ports import Searcher
 from mpsearch.problem import Problem
-from mpsearch.searching import Searched, drive, storage_of
+from mpsearch.searching import Searched, drive
 from mpsearch.solvers import _search, _switches
 from mpsearch.solvers._posterior import Posterior
 from mpsearch.solvers._spaces import Plans, Weights
@@ -48,7 +49,7 @@ class TestEveryName(SearcherSuite):
 
 
 class TestPublished(SearcherSuite):
-    evaluations = 60
+    evaluations = 40
 
     @pytest.fixture
     def searcher(self) -> Searcher:
@@ -336,6 +337,12 @@ def searched(small_llama: Path, folder: Path) -> tuple[Any, Searched]:
     return study, study.search("refine", evaluations=12, screen=1)
 
 
+def validation_of(study: Any) -> Any:
+    spec = study.spec
+    cut = {"length": spec.length, "tokens": spec.validation_tokens, "batch_size": spec.batch_size}
+    return mp.batches(spec.model, spec.validation, **cut)
+
+
 def trace(found: Searched) -> list[tuple[Any, ...]]:
     return [(item.trial, item.loss, item.spread) for item in found.trials]
 
@@ -351,7 +358,13 @@ def test_a_search_measures_counts_and_keeps(searched: tuple[Any, Searched]) -> N
     assert found.plan.bytes <= 4 * found.plan.layers.weights // 8
     assert found.plan.predicted.loss is not None
     assert found.plan.source["search"] == "refine"
-    assert {m.label: m.loss for m in study.measurements} == {"mixed refine": found.best.loss}
+    assert found.held_out is not None
+    start, best = found.held_out
+    # What was chosen on the calibration text is judged on the validation text.
+    assert {m.label: m.loss for m in study.measurements} == {"mixed refine": best.loss}
+    assert best.loss != found.best.loss
+    assert mp.measure(study.spec.model, found.plan, validation_of(study)).loss == pytest.approx(best.loss, rel=1e-6)
+    assert (start.loss == best.loss) == (found.start == found.best)
     assert mp.BitPlan.from_json(json.loads(json.dumps(found.plan.to_json()))) == found.plan
     assert study.plans[0].plan.assignment == found.plan.assignment
 
@@ -391,7 +404,7 @@ def test_a_killed_search_goes_on_with_two_workers(
     other = mp.study(**settings_of(small_llama, tmp_path, workers=2))
     found = other.search("refine", evaluations=12, screen=1)
     assert trace(found) == trace(searched[1])
-    assert other.computed == len(found.trials) - measured
+    assert other.computed == len(found.trials) + len({found.start, found.best}) - measured
 
 
 def test_the_costs_of_a_plan_are_those_of_the_planner(searched: tuple[Any, Searched]) -> None:
@@ -406,7 +419,7 @@ def test_the_costs_of_a_plan_are_those_of_the_planner(searched: tuple[Any, Searc
         columns = [str(fmt) for fmt in session.planner.formats]
         rows_ = session.planner.layers.decisions
         choice = tuple(columns.index(str(plan.formats[row.layers[0].name])) for row in rows_)
-        made = _plan(session.planner, Trial(choice), {})
+        made = _plan(session.planner, choice, {})
     assert made.assignment == plan.assignment
     assert dict(made.cost) == dict(plan.cost)
 

@@ -45,7 +45,6 @@ def search(
 
     from mpsearch import registry
     from mpsearch.cli.progress import Progress
-    from mpsearch.searching import storage_of
     from mpsearch.spec import StudySpec
     from mpsearch.studying import Study
 
@@ -86,6 +85,10 @@ def _present(found: Searched, out: Path | None) -> None:
         f"start       {start.loss:.5g} ± {start.spread:.2g}",
         f"best        {best.loss:.5g} ± {best.spread:.2g} ({_change(start.loss, best.loss)})",
     ]
+    if found.held_out is not None:
+        before, after = found.held_out
+        change = _change(before.loss, after.loss)
+        lines.append(f"held out    {after.loss:.5g} ± {after.spread:.2g}, start {before.loss:.5g} ({change})")
     if found.note:
         lines.append(f"searcher    {found.note}")
     if out is not None:
@@ -114,3 +117,21 @@ def _settings(texts: list[str]) -> dict[str, Any]:
             raise InputError("E107", f"--set {name}: got {value}", advice="give a number, a text or a list")
         found[name] = tuple(read) if isinstance(read, list) else read
     return found
+
+
+def storage_of(storage: str) -> str:
+    """Address of a study's database as SQLAlchemy, and so Optuna, takes it.
+
+    Raises:
+        InputError: a database in memory, which nobody else can read (E107).
+
+    >>> storage_of("postgresql://ann@db.lan/mp")
+    'postgresql+psycopg://ann@db.lan/mp'
+    """
+    scheme, colon, rest = storage.partition("://")
+    if colon and scheme.partition("+")[0] in ("postgresql", "postgres"):
+        return f"postgresql+psycopg://{rest}"
+    path = rest.removeprefix("/") if colon else storage
+    if path in ("", ":memory:"):
+        raise InputError("E107", "a database in memory cannot be shared with Optuna", advice="give a file as storage")
+    return f"sqlite:///{Path(path).expanduser().resolve()}"

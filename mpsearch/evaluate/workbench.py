@@ -110,7 +110,8 @@ class Workbench:
 
     def _measure(self, task: MeasureTask) -> Measurement | Failed:
         evaluator = registry.make("evaluators", task.evaluator)
-        batches = First(self.validation, task.batches) if task.batches else self.validation
+        whole = self.calibration if task.calibration else self.validation
+        batches = First(whole, task.batches) if task.batches else whole
         try:
             measured: Measurement = evaluator.measure(self.model, BitPlan.from_json(task.plan), batches, task.label)
         except InputError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -50,6 +51,10 @@ class Bisection:
     resource: str = ""
     points: int = 64
     evaluations: int = 20
+    judged_on: ClassVar[str] = "validation"
+    takes: ClassVar[str] = "any budgets, and a target for the loss"
+    proves: ClassVar[str] = "the target kept or not, within the standard error"
+    cost: ClassVar[str] = "about log2(plans) measurements"
 
     def __post_init__(self) -> None:
         target = self.target

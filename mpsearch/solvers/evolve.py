@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -70,6 +70,9 @@ class Evolve:
     batches: tuple[int, ...] | None = None
     generations: int | None = None
     seed: int = 0
+    takes: ClassVar[str] = "any budgets"
+    proves: ClassVar[str] = "nothing; never worse than its start"
+    cost: ClassVar[str] = "evaluations x one measurement, most on few batches"
 
     def __post_init__(self) -> None:
         _search.one_of("evolve", "schedule", self.schedule, tuple(_SCHEDULES))

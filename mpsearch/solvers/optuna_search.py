@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -65,6 +65,9 @@ class Optuna:
     together: int = 4
     startup: int = 10
     seed: int = 0
+    takes: ClassVar[str] = "any budgets"
+    proves: ClassVar[str] = "nothing; never worse than the solved plan"
+    cost: ClassVar[str] = "evaluations x one measurement"
 
     def __post_init__(self) -> None:
         _search.one_of("optuna", "sampler", self.sampler, _SAMPLERS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -63,6 +64,9 @@ class Refine:
     swaps: int = 200
     draws: int = 8
     seed: int = 0
+    takes: ClassVar[str] = "any budgets"
+    proves: ClassVar[str] = "nothing; never worse than the solved plan on the data it measures"
+    cost: ClassVar[str] = "evaluations x one measurement"
 
     def __post_init__(self) -> None:
         _search.check(

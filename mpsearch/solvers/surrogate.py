@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -67,6 +67,9 @@ class Surrogate:
     draws: int = 16
     history: tuple[Row, ...] = ()
     seed: int = 0
+    takes: ClassVar[str] = "any budgets"
+    proves: ClassVar[str] = "nothing; never worse than the solved plan"
+    cost: ClassVar[str] = "evaluations x one measurement, and a fit for each"
 
     def __post_init__(self) -> None:
         _search.one_of("surrogate", "model", self.model, _MODELS)

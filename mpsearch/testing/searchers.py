@@ -90,7 +90,7 @@ class SearcherSuite:
     """
 
     seeds: tuple[int, ...] = (0, 1)
-    evaluations = 24
+    evaluations = 16
 
     @pytest.fixture
     def searcher(self) -> Searcher:
