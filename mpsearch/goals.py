@@ -10,6 +10,7 @@ import numpy as np
 
 from mpsearch.errors import InputError
 from mpsearch.problem import Problem, Solution
+from mpsearch.tables import Array
 
 Solve = Callable[[Problem], Solution]
 
@@ -58,7 +59,7 @@ def least_cost(problem: Problem, resource: str, most_loss: float, solve: Solve) 
     return replace(found, cost=found.cost[:-1], prices=found.prices[:-1], stats=stats)
 
 
-def least_worst(problem: Problem, solve: Solve) -> Solution:
+def least_worst(problem: Problem, solve: Solve, worst: Array | None = None) -> Solution:
     """Solve for the choice whose worst row is best, and among these for the least total loss.
 
     Bisection over the losses that occur: with cells above a threshold barred, is there a choice at all? The last
@@ -66,6 +67,7 @@ def least_worst(problem: Problem, solve: Solve) -> Solution:
 
     Args:
         problem: the problem.
+        worst: (N, F) what a row counts as when the worst one is looked for; its loss when left out.
         solve: solves a problem; it must prove infeasibility where it finds nothing.
 
     Returns:
@@ -82,23 +84,24 @@ def least_worst(problem: Problem, solve: Solve) -> Solution:
     """
     if problem.pairs is not None and len(problem.pairs):
         raise InputError("E212", "solve: the least worst row is for losses of single rows, and there are pairs")
-    levels = np.unique(problem.loss[problem.offered])
+    worst = problem.loss if worst is None else worst
+    levels = np.unique(worst[problem.offered])
     nothing = np.where(problem.offered, 0.0, np.inf)
 
     def possible(level: float) -> bool:
-        found = solve(replace(problem, loss=np.where(problem.loss <= level, nothing, np.inf)))
+        found = solve(replace(problem, loss=np.where(worst <= level, nothing, np.inf)))
         if found.status == "unsolved":
             raise InputError("E210", f"solver '{found.solver}' neither found a choice nor proved that there is none")
         return found.status != "infeasible"
 
     # No choice is better than the best cell of the worst row.
-    low = int(np.searchsorted(levels, problem.loss.min(axis=1, initial=np.inf).max(initial=-np.inf)))
+    low = int(np.searchsorted(levels, worst.min(axis=1, initial=np.inf).max(initial=-np.inf)))
     high = len(levels) - 1
     if low > high or not possible(float(levels[high])):
         return solve(problem)
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if possible(float(levels[middle])) else (middle + 1, high)
-    found = solve(replace(problem, loss=np.where(problem.loss <= levels[high], problem.loss, np.inf)))
-    worst = float(problem.loss[np.arange(len(found.choice)), found.choice].max(initial=-math.inf))
-    return replace(found, stats={**found.stats, "goal": "worst", "worst": worst})
+    found = solve(replace(problem, loss=np.where(worst <= levels[high], problem.loss, np.inf)))
+    reached = float(worst[np.arange(len(found.choice)), found.choice].max(initial=-math.inf))
+    return replace(found, stats={**found.stats, "goal": "worst", "worst": reached})

@@ -20,7 +20,7 @@ from mpsearch.tables import Array
 _LARGEST = 2**31
 _SCALES = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _LIMIT = re.compile(
-    r"\s*(?P<resource>.+?)\s*<=\s*(?P<amount>[-+]?[\d.]+(?:[eE][-+]?\d+)?|inf)\s*(?P<unit>%|[A-Za-z]*)\s*"
+    r"\s*(?P<resource>.+?)\s*<=\s*(?P<amount>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|inf)\s*(?P<unit>%|[A-Za-z]*)\s*"
 )
 _KEYS = ("row", "format")
 _HELP = "columns: row, format, loss (spread, and a column for each resource); or row and one column for each format"
@@ -139,6 +139,12 @@ class _Parts:
         loss, spread = self.matrices.pop("loss"), self.matrices.pop("spread", None)
         if np.isneginf(loss).any():
             raise InputError("E214", f"{path}: a loss is -inf")
+        if spread is not None and (spread < 0).any():
+            raise InputError("E214", f"{path}: a spread is below 0", advice="spreads are standard errors")
+        for what, names in (("row", self.rows), ("format", self.formats)):
+            if "" in names or len(set(names)) < len(names):
+                twice = next(name for name in names if not name or names.count(name) > 1)
+                raise InputError("E214", f"{path}: {what} '{twice}' is empty or given twice")
         return OwnTable(self.rows, self.formats, np.where(np.isfinite(loss), loss, np.nan), spread, self.matrices)
 
 
@@ -153,7 +159,7 @@ def _read(path: Path, wide_name: str) -> tuple[Sequence[str], Sequence[str], Map
         raise InputError("E214", f"{path}: '{path.suffix}' is no kind of table", advice="give .csv, .json or .parquet")
     try:
         columns = readers[path.suffix](path)
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, ValueError) as error:
+    except (UnicodeDecodeError, csv.Error, ValueError, TypeError, RecursionError) as error:
         raise InputError("E214", f"{path} cannot be read: {error}", advice=_HELP) from error
     if isinstance(columns, tuple):
         rows, formats, matrices = columns
@@ -208,8 +214,10 @@ def _json_columns(path: Path) -> Any:
 
 
 def _long(path: Path, columns: Mapping[str, list[Any]]) -> tuple[Sequence[str], Sequence[str], Mapping[str, Array]]:
-    rows = {str(name): i for i, name in enumerate(dict.fromkeys(columns["row"]))}
-    formats = {str(name): i for i, name in enumerate(dict.fromkeys(columns["format"]))}
+    rows = {name: i for i, name in enumerate(dict.fromkeys(map(str, columns["row"])))}
+    formats = {name: i for i, name in enumerate(dict.fromkeys(map(str, columns["format"])))}
+    if not rows:
+        raise InputError("E214", f"{path}: there is no row in it", advice=_HELP)
     at = np.array([rows[str(x)] for x in columns["row"]]), np.array([formats[str(x)] for x in columns["format"]])
     cells = at[0] * len(formats) + at[1]
     if len(np.unique(cells)) < len(cells):
@@ -238,7 +246,7 @@ def _wide(
 def _numbers(path: Path, name: str, values: Sequence[Any]) -> list[float]:
     try:
         return [_number(value) for value in values]
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise InputError("E214", f"{path}: column '{name}': {error}", advice=_HELP) from None
 
 

@@ -168,6 +168,8 @@ class Planner:
         """Say so when the budget of weights holds the whole model at 16 bits, so that nothing is to be searched."""
         weights = self.costs[0]
         needed = max(weights.reference, self.at_16_bits().bytes)
+        if self.spec.rules:
+            return None
         untouched = not self._companions and (
             not self.spec.kv or any(x in self.spec.kv for x in ("kv-bf16", "kv-fp16"))
         )
@@ -337,7 +339,7 @@ class Planner:
             _total_spread(self.settled(scores).spread[np.arange(len(solution.choice)), solution.choice]),
             scores.unit,
             solution.bound if math.isfinite(solution.bound) and not self.spec.cautious else None,
-            solution.gap if math.isfinite(solution.gap) else None,
+            solution.gap if math.isfinite(solution.gap) and not self.spec.cautious else None,
             plan.cost,
         )
         return replace(plan, predicted=predicted)
@@ -359,7 +361,7 @@ class Planner:
 
         A decision that cannot take the format gets the weights' format alone, or else the next larger one that it can.
         KV caches all get the format of most bits with which the budgets of kv are kept. A plan that breaks a budget of
-        anything but weights is no rival, and is left out.
+        anything but weights, or a rule, is no rival, and is left out.
         """
         by_size = sorted((fmt for fmt in self.menu if fmt.family != "kv"), key=lambda fmt: fmt.bits)
         caches = self._uniform_cache()
@@ -375,8 +377,27 @@ class Planner:
                 for layer in row.layers
             }
             priced = self._priced(replace(plan, formats={**plan.formats, **pinned}))
-            if self._keeps(priced, [b for b in self._asked if b.resource != "weights"]):
+            others = [b for b in self._asked if b.resource != "weights"]
+            if self._keeps(priced, others) and self._keeps_rules(priced):
                 yield Labelled(" ".join(map(str, ["uniform", fmt, *caches])), priced)
+
+    def _keeps_rules(self, plan: BitPlan) -> bool:
+        """Whether a plan is one that the rules allow, whatever it costs."""
+        if not self.spec.rules:
+            return True
+        columns = {fmt: j for j, fmt in enumerate(self.formats)}
+        choice = [columns.get(plan.formats[row.layers[0].name], -1) for row in self.layers.decisions]
+        free = np.where(np.isnan(self.costs[0].value), np.nan, 0.0)
+        names = tuple(row.name for row in self.layers.decisions)
+        problem = Problem(
+            free,
+            np.array([table.value for table in self.costs]),
+            np.full(len(self.costs), np.inf),
+            names,
+            tuple(map(str, self.formats)),
+            tuple(table.resource for table in self.costs),
+        )
+        return -1 not in choice and Rules.of(self.spec.rules).apply(problem).whole.fits(np.array(choice))
 
     def _keeps(self, plan: BitPlan, budgets: Sequence[Budget]) -> bool:
         tables = {table.resource: table for table in self.costs}
@@ -430,11 +451,14 @@ class Planner:
 
     def random(self, scores: SensitivityTable, budgets: Sequence[Budget], count: int) -> Iterator[Labelled]:
         """Random plans that fill the budgets, for comparison."""
-        problem = self.problem(scores, budgets)
+        ruled = Rules.of(self.spec.rules).apply(self.problem(scores, budgets))
         for k in range(count):
-            solution = registry.make("solvers", "random", seed=self.spec.seed + k).solve(problem)
+            solver = registry.make("solvers", "random", seed=self.spec.seed + k)
+            if reason := solver.refuses(ruled.problem):
+                raise InputError("E210", f"no random plans can be drawn: {reason}", advice="random = 0")
+            solution = solver.solve(ruled.problem)
             if solution.status == "feasible":
-                plan = self._from_choice(solution.choice, {"random": self.spec.seed + k})
+                plan = self._from_choice(solution.choice[ruled.group], {"random": self.spec.seed + k})
                 yield Labelled(f"random {k}", self.predict(scores, plan))
 
     def _from_choice(self, choice: Any, source: Mapping[str, Any]) -> BitPlan:

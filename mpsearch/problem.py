@@ -34,6 +34,17 @@ def exact_sum(values: Sequence[float]) -> Fraction:
         parts.append(part)
 
 
+def relative_gap(loss: float, bound: float) -> float:
+    """How far a loss can be above the least one, as a share of it.
+
+    >>> relative_gap(2.0, 1.0), relative_gap(0.0, 0.0), relative_gap(0.0, -1.0)
+    (0.5, 0.0, inf)
+    """
+    if bound == loss:
+        return 0.0
+    return (loss - bound) / abs(loss) if loss else math.inf
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """Choose one format per row: least total loss, every total cost within its limit.
@@ -230,7 +241,7 @@ class Solution:
             raise ValueError(f"solver '{solver}' returned a choice that does not keep the budgets")
         loss = problem.total_loss(choice)
         bound = min(bound, loss)
-        gap = 0.0 if bound == loss else (loss - bound) / abs(loss) if loss else math.inf
+        gap = relative_gap(loss, bound)
         return cls(
             np.array(choice, dtype=np.int64),
             "optimal" if proven else "feasible",

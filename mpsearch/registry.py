@@ -114,7 +114,7 @@ def load(kind: str, name: str) -> Any:
     >>> load("solvers", "greedy").__name__
     'Greedy'
     """
-    path = BUILT_IN[kind].get(name)
+    path = BUILT_IN[kind].get(str(name))
     if path is not None:
         module, _, attribute = path.partition(":")
         return getattr(importlib.import_module(module), attribute)
@@ -152,4 +152,23 @@ def make(kind: str, name: str, **values: Any) -> Any:
                 f"{kind}: '{name}' has no setting '{setting}'{did_you_mean(setting, known)}",
                 advice=f"settings: {', '.join(known) or 'none'}",
             )
+    _check_types(kind, name, component, values)
     return component(**values)
+
+
+_KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "a text"),
+}
+
+
+def _check_types(kind: str, name: str, component: Any, values: Mapping[str, Any]) -> None:
+    """Refuse settings of the wrong kind, of fields that say which they take (E107)."""
+    annotations = getattr(component, "__annotations__", {}) if inspect.isclass(component) else {}
+    for setting, value in values.items():
+        types, what = _KINDS.get(str(annotations.get(setting, "")), ((), ""))
+        number = isinstance(value, bool) and "bool" not in str(annotations.get(setting))
+        if types and (not isinstance(value, types) or number or value != value):
+            raise InputError("E107", f"{kind}: '{name}': {setting} is {value!r}", advice=f"give {what}")

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from mpsearch.errors import InputError
-from mpsearch.problem import Problem, Solution
+from mpsearch.problem import Problem, Solution, relative_gap
+from mpsearch.rules import Rules
+from mpsearch.structure import PairTerms
 from mpsearch.tables import Array
 
 Solve = Callable[[Problem], Solution]
@@ -57,13 +59,28 @@ def cautious(problem: Problem, spread: Array, solve: Solve, *, by: float, errors
         raise InputError("E212", f"solve: cautious is {by!r}", advice="give a number of standard errors, such as 1.645")
     if errors == "shared":
         return _expected(problem, solve(replace(problem, loss=problem.loss + by * spread)))
+    if problem.pairs is not None and len(problem.pairs):
+        raise InputError("E212", "solve: independent errors are for losses that add up, and there are pairs")
     if errors != "independent":
         raise InputError("E212", f"solve: errors is '{errors}'", advice="give shared or independent")
     return _Corners(problem, spread, solve, by).best()
 
 
+def _beside(pairs: PairTerms, choice: NDArray[np.int64], shape: tuple[int, ...]) -> Array:
+    """(N, F) what the pairs add to each cell with all other rows as they are chosen."""
+    found: Array = np.zeros(shape)
+    there = choice[pairs.j] == pairs.g
+    np.add.at(found, (pairs.i[there], pairs.f[there]), pairs.value[there])
+    there = choice[pairs.i] == pairs.f
+    np.add.at(found, (pairs.j[there], pairs.g[there]), pairs.value[there])
+    return found
+
+
 def _checked(problem: Problem, spread: Array) -> Array:
-    spread = np.array(spread, dtype=np.float64)
+    try:
+        spread = np.array(spread, dtype=np.float64)
+    except (ValueError, TypeError) as error:
+        raise InputError("E212", f"solve: spread is no table of numbers: {error}") from error
     if spread.shape != problem.loss.shape:
         raise InputError("E212", f"solve: spread has shape {spread.shape}, the losses {problem.loss.shape}")
     found: Array = np.where(problem.offered & np.isfinite(spread), spread, 0.0)
@@ -100,29 +117,39 @@ class _Corners:
         while pieces:
             (m0, v0), (m1, v1) = pieces.pop()
             outer = self._quantile(m0, v1)
-            if outer >= self.best_value * (1 - _CLOSE) or self.solves >= _MOST_SOLVES or v0 <= v1:
-                bound = min(bound, max(outer, -math.inf))
+            near = self.best_value - _CLOSE * abs(self.best_value)
+            if outer >= near or self.solves >= _MOST_SOLVES or v0 <= v1:
+                bound = min(bound, outer)
                 continue
             between = self._corner(v0 - v1, m1 - m0)
             proven &= between.status == "optimal"
             m, v = self._sums(between)
-            on_line = (v0 - v1) * m + (m1 - m0) * v >= ((v0 - v1) * m0 + (m1 - m0) * v0) * (1 - _CLOSE)
-            if on_line:
+            inwards = (v0 - v1) * (m0 - m) + (m1 - m0) * (v0 - v)
+            if inwards <= _CLOSE * (v0 - v1) * (m1 - m0):
                 # No corner lies beyond the line between the two: their own quantiles are the least here.
                 bound = min(bound, self._quantile(m0, v0), self._quantile(m1, v1))
             else:
                 pieces += [((m0, v0), (m, v)), ((m, v), (m1, v1))]
         assert self.found is not None
         bound = min(bound, self.best_value) if proven else -math.inf
-        gap = (self.best_value - bound) / abs(self.best_value) if self.best_value else 0.0
+        gap = relative_gap(self.best_value, bound)
         return replace(
             self.found,
             loss=self.best_value,
             bound=bound,
-            gap=0.0 if bound == self.best_value else gap,
+            gap=gap,
+            prices=self._prices(),
             status="optimal" if proven and gap <= _CLOSE else "feasible",
             stats={**self.found.stats, "expected": self._sums(self.found)[0], "solves": self.solves},
         )
+
+    def _prices(self) -> tuple[float, ...]:
+        """Prices in the unit of the losses: those of the quantile's slope at the best choice."""
+        assert self.found is not None
+        variance = self._sums(self.found)[1]
+        if not variance:
+            return tuple(math.nan for _ in self.problem.limit)
+        return self._corner(1.0, self.by / (2 * math.sqrt(variance))).prices
 
     def _corner(self, on_loss: float, on_variance: float) -> Solution:
         self.solves += 1
@@ -169,7 +196,9 @@ class Doubt:
     samples: float
 
 
-def doubts(problem: Problem, solution: Solution, spread: Array, *, by: float = 1.645) -> tuple[Doubt, ...]:
+def doubts(
+    problem: Problem, solution: Solution, spread: Array, *, rules: Rules | None = None, by: float = 1.645
+) -> tuple[Doubt, ...]:
     """List the rows whose choice is within noise, the one that is most worth measuring better first.
 
     A row's alternatives are compared at the plan's prices: ``loss + prices @ cost``, which is what a move changes when
@@ -180,6 +209,7 @@ def doubts(problem: Problem, solution: Solution, spread: Array, *, by: float = 1
         problem: the problem that was solved.
         solution: its solution.
         spread: (N, F) standard errors.
+        rules: what was solved with: what they forbid is no alternative, and tied rows are one.
         by: an alternative is listed when the lead is less than this many standard errors.
 
     >>> from mpsearch.registry import make
@@ -191,9 +221,18 @@ def doubts(problem: Problem, solution: Solution, spread: Array, *, by: float = 1
     spread = _checked(problem, spread)
     if solution.status in ("infeasible", "unsolved") or not len(solution.choice):
         return ()
+    if rules is not None:
+        ruled = rules.apply(problem)
+        extra = solution.stats.get("rules", {})
+        more = [float(extra.get(name, 0.0)) for name in ruled.problem.resources[len(problem.limit) :]]
+        first = np.unique(ruled.group, return_index=True)[1]
+        solution = replace(solution, choice=solution.choice[first], prices=(*solution.prices, *more))
+        problem, spread = ruled.problem, ruled.spread(spread, "shared")
     rows = np.arange(len(solution.choice))
     prices = np.nan_to_num(np.array(solution.prices))
     worth: Array = problem.loss + (np.tensordot(prices, problem.cost, axes=1) if len(prices) else 0.0)
+    if problem.pairs is not None:
+        worth = worth + _beside(problem.pairs, solution.choice, worth.shape)
     lead = worth - worth[rows, solution.choice][:, None]
     error = np.sqrt(np.square(spread) + np.square(spread[rows, solution.choice])[:, None])
     open_to: NDArray[np.bool_] = problem.offered & (error > 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpsearch.errors import InputError, did_you_mean
-from mpsearch.problem import Problem, Solution
+from mpsearch.problem import Outcome, Problem, Solution, relative_gap
 from mpsearch.structure import Alignment
 from mpsearch.tables import Array
 from mpsearch.ties import tied
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: More numbers than this are not built into one problem.
 _MOST_CELLS = 300_000_000
+#: A gap up to this is a proof.
+_PROVEN = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,13 +32,45 @@ class Ruled:
 
     Attributes:
         given: the problem as it was.
-        problem: the one to solve: tied rows are one row, and rules are budgets after those that were given.
+        whole: the same rows, with cells barred and rules as budgets after those that were given.
+        problem: the one to solve, in which tied rows are one row; sums of costs that no float holds are rounded up.
+        below: the same with such sums rounded down: what bounds it bounds the rows; ``problem`` where all are exact.
         group: (N,) row of ``problem`` of each row that was given.
     """
 
     given: Problem
+    whole: Problem
     problem: Problem
+    below: Problem
     group: NDArray[np.int64]
+
+    @property
+    def worst(self) -> Array:
+        """(N', F) largest loss of a row that was given, in each row to solve."""
+        worst = np.full(self.problem.loss.shape, -np.inf)
+        np.maximum.at(worst, self.group, self.whole.loss)
+        return worst
+
+    def solve(self, answer: Callable[[Problem], Solution]) -> Solution:
+        """Answer for the rows to solve.
+
+        Where sums of tied rows are not exact, the sums rounded down are solved as well: a choice of them that fits the
+        rows is the answer, and their bound is the one that counts.
+        """
+        if self.below is self.problem:
+            return answer(self.problem)
+        relaxed = answer(self.below)
+        if relaxed.status == "infeasible":
+            return relaxed
+        if len(relaxed.choice) and self.whole.fits(relaxed.choice[self.group]):
+            return relaxed
+        found = answer(self.problem)
+        if found.status in ("infeasible", "unsolved"):
+            return Solution.without(self.problem, "unsolved", found.solver, lower_bound=relaxed.bound)
+        bound = min(found.bound, relaxed.bound, found.loss)
+        gap = relative_gap(found.loss, bound)
+        status: Outcome = found.status if gap <= _PROVEN else "feasible"
+        return replace(found, bound=bound, gap=gap, status=status)
 
     def spread(self, spread: Array, errors: str) -> Array:
         """Errors of the rows to solve, of those of the rows that were given: tied ones add up, or their squares do."""
@@ -64,7 +98,7 @@ class Ruled:
             choice=choice,
             loss=loss,
             bound=bound,
-            gap=0.0 if bound == loss else (loss - bound) / abs(loss) if loss else math.inf,
+            gap=relative_gap(loss, bound),
             cost=tuple(float(total) for total in self.given.totals(choice)),
             prices=solution.prices[:count],
             stats={**solution.stats, "rules": rules} if rules else solution.stats,
@@ -85,13 +119,15 @@ class _Builder:
 
     def build(self) -> Ruled:
         loss = self._barred()
-        extra = list(self._budgets())
-        count = len(self.problem.limit) + len(extra)
-        if count * loss.size > _MOST_CELLS:
+        rules = self.rules
+        more = len(rules.at_most) + len(rules.at_least) + len(rules.families) + 2 * len(rules.balances)
+        more += sum(len(peak.steps) for peak in rules.peaks)
+        if (len(self.problem.limit) + more) * loss.size > _MOST_CELLS:
             raise InputError(
-                "E212", f"{len(extra)} budgets that rules make, of {loss.size:,} cells each, do not fit in memory",
+                "E212", f"{more} budgets that rules make, of {loss.size:,} cells each, do not fit in memory",
                 advice="fewer groups, or rows in larger parts",
             )  # fmt: skip
+        extra = list(self._budgets())
         tables = [np.where(np.isfinite(loss), table, 0.0) for _, table, _ in extra]
         aligned = [
             Alignment(tuple(self._several(rule.rows)), tuple(map(self._column, rule.formats)), rule.multiple)
@@ -106,7 +142,8 @@ class _Builder:
             aligned=(*self.problem.aligned, *aligned),
         )
         group = self._groups()
-        return Ruled(self.problem, whole if group.max(initial=-1) + 1 == len(group) else tied(whole, group), group)
+        apart = group.max(initial=-1) + 1 == len(group)
+        return Ruled(self.problem, whole, *((whole, whole) if apart else tied(whole, group)), group)
 
     def _barred(self) -> Array:
         loss: Array = np.array(self.problem.loss)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 from mpsearch.errors import InputError, did_you_mean
@@ -29,6 +31,10 @@ class Family:
     resource: Column
     limit: float
 
+    def __post_init__(self) -> None:
+        _named("rows of a family", _listed("rows of a family", self.rows))
+        _amount("limit of a family", self.limit)
+
 
 @dataclass(frozen=True)
 class Balance:
@@ -43,6 +49,12 @@ class Balance:
     rows: Sequence[Rows]
     up: Sequence[Column]
     down: Sequence[Column]
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "up", "down"):
+            _named(f"{name} of a balance", _listed(f"{name} of a balance", getattr(self, name)))
+        if not self.up or not self.down or set(self.up) & set(self.down):
+            raise InputError("E213", "rules: a balance needs formats that go up and others that go down")
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,11 @@ class Peak:
     resource: Column
     limit: float
 
+    def __post_init__(self) -> None:
+        for step in _listed("steps of a peak", self.steps):
+            _named("steps of a peak", _listed("steps of a peak", step))
+        _amount("limit of a peak", self.limit)
+
 
 @dataclass(frozen=True)
 class Aligned:
@@ -73,6 +90,12 @@ class Aligned:
     rows: Sequence[Rows]
     formats: Sequence[Column]
     multiple: int
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "formats"):
+            _named(f"{name} of an alignment", _listed(f"{name} of an alignment", getattr(self, name)))
+        if isinstance(self.multiple, bool) or not isinstance(self.multiple, int) or self.multiple < 1:
+            raise InputError("E213", f"rules: multiple is {self.multiple!r}, expected a whole number from 1")
 
 
 @dataclass(frozen=True)
@@ -109,6 +132,20 @@ class Rules:
     peaks: Sequence[Peak] = ()
     aligned: Sequence[Aligned] = ()
 
+    def __post_init__(self) -> None:
+        for name in ("pins", "floors"):
+            for row, column in _table(name, getattr(self, name)).items():
+                _named(f"{name} of '{row}'", [column])
+        for row, columns in _table("bars", self.bars).items():
+            _named(f"bars of '{row}'", _listed(f"bars of '{row}'", columns))
+        for column, most in _table("at_most", self.at_most).items():
+            if isinstance(most, bool) or not isinstance(most, int) or most < 0:
+                raise InputError("E213", f"rules: at_most of '{column}' is {most!r}, expected a whole number from 0")
+        for resource, least in _table("at_least", self.at_least).items():
+            _amount(f"at_least of '{resource}'", least)
+        for tie in _listed("ties", self.ties):
+            _named("ties", _listed("ties", tie))
+
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Rules:
         """Make rules from plain values, as a TOML file holds them: a key for each field.
@@ -119,18 +156,17 @@ class Rules:
         >>> Rules.of({"pins": {"head": "bf16"}, "at_most": {"int2": 3}}).at_most
         {'int2': 3}
         """
+        if not isinstance(values, Mapping):
+            raise InputError("E213", f"rules are {values!r}, expected a table of rules")
         known = tuple(cls.__dataclass_fields__)
         if unknown := [key for key in values if key not in known]:
             close = did_you_mean(unknown[0], known)
             raise InputError("E103", f"no rule '{unknown[0]}'{close}", advice=f"there is {', '.join(known)}")
         parts: Mapping[str, Any] = {"families": Family, "balances": Balance, "peaks": Peak, "aligned": Aligned}
-        try:
-            made = {name: tuple(kind(**item) for item in values.get(name, ())) for name, kind in parts.items()}
-            for name in ("pins", "bars", "floors", "at_most", "at_least"):
-                dict(values.get(name, {}))
-            return cls(**{**values, **made})
-        except (TypeError, ValueError) as error:
-            raise InputError("E213", f"rules: {error}") from error
+        made = {}
+        for name, kind in parts.items():
+            made[name] = tuple(_part(name, kind, item) for item in _listed(name, values.get(name, ())))
+        return cls(**{**values, **made})
 
     def apply(self, problem: Problem) -> Ruled:
         """Make the problem that has the rules in it.
@@ -140,3 +176,36 @@ class Rules:
                 (E213), or more of them than fit in memory (E212).
         """
         return build(problem, self)
+
+
+def _table(name: str, value: Any) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise InputError("E213", f"rules: {name} is {value!r}, expected a table of names and values")
+    return value
+
+
+def _listed(name: str, value: Any) -> Sequence[Any]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise InputError("E213", f"rules: {name}: got {value!r}, expected a list", advice=f"write [{value!r}]")
+    return value
+
+
+def _named(name: str, values: Sequence[Any]) -> None:
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (str, Integral)):
+            raise InputError("E213", f"rules: {name}: got {value!r}, expected a name or a number")
+
+
+def _amount(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InputError("E213", f"rules: {name} is {value!r}, expected a finite number")
+
+
+def _part(name: str, kind: Any, item: Any) -> Any:
+    known = tuple(kind.__dataclass_fields__)
+    keys = set(_table(f"an entry of {name}", item))
+    if keys != set(known):
+        odd = sorted(keys ^ set(known))[0]
+        what = "is missing" if odd in known else "is unknown"
+        raise InputError("E213", f"rules: '{odd}' of an entry of {name} {what}", advice=f"keys: {', '.join(known)}")
+    return kind(**item)

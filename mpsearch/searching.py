@@ -46,7 +46,8 @@ class Searched:
         plan: its plan, which can be exported.
         problem: what was searched.
         note: what the searcher says of it.
-        held_out: the start and the best plan, measured on the validation batches; None where one could not be.
+        held_out: the start and the best plan, measured on the validation batches; None where one could not be, or where
+            the search itself measured there.
     """
 
     searcher: str
@@ -211,7 +212,9 @@ def search_study(
             problem,
             "" if report is None else report(problem, trials),
         )
-        found = dataclasses.replace(found, held_out=_held_out(session, found, runner.plan(found.start.trial)))
+        # A plan that was chosen on the validation text is not held out there.
+        held_out = _held_out(session, found, runner.plan(found.start.trial)) if on_calibration else None
+        found = dataclasses.replace(found, held_out=held_out)
         _keep(session, found)
     return found
 
@@ -325,5 +328,6 @@ def _keep(session: Session, found: Searched) -> None:
     study.store.put("plan", found.plan.key, found.plan.to_json())
     label = f"mixed {found.searcher}"
     study.store.link(study.name, "plan", found.plan.key, label, _POSITION)
-    if found.held_out is not None:
-        study.store.link(study.name, "measurement", session.measurement_key(found.plan), label, _POSITION)
+    key = session.measurement_key(found.plan)
+    if study.store.get_many("measurement", [key]):
+        study.store.link(study.name, "measurement", key, label, _POSITION)

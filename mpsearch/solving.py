@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from mpsearch import registry, robust
-from mpsearch.errors import InputError
+from mpsearch.errors import InputError, did_you_mean
 from mpsearch.goals import least_cost, least_worst
 from mpsearch.pairs import PairTable
 from mpsearch.problem import Problem, Solution
 from mpsearch.robust import Errors
-from mpsearch.ruled import Ruled
 from mpsearch.rules import Rules
 from mpsearch.structure import PairTerms
 from mpsearch.tables import Array
@@ -179,30 +178,34 @@ def solve_problem(
     errors: Errors = "shared",
 ) -> Solution:
     """Solve under rules, for a goal, with an allowance for errors (see `mpsearch.solve`)."""
-    ruled = (rules or Rules()).apply(problem)
-    solve = solver_for(solver, settings or {})
-    if goal not in ("loss", "worst") and by:
+    if goal not in ("loss", "worst", *problem.resources):
+        close = did_you_mean(str(goal), problem.resources)
+        known = ", ".join(("loss", "worst", *problem.resources))
+        raise InputError("E212", f"solve: no goal '{goal}'{close}", advice=f"there is {known}")
+    if goal != "loss" and by:
         raise InputError("E212", "solve: cautious is for the goal 'loss'", advice="leave one of them out")
     if most_loss != math.inf and goal in ("loss", "worst"):
-        raise InputError("E212", f"solve: most_loss is for the least cost, not for the goal '{goal}'",
-                         advice=f"goal: {' or '.join(problem.resources)}")  # fmt: skip
+        goals = " or ".join(problem.resources) or "a resource, of which there is none"
+        raise InputError(
+            "E212", f"solve: most_loss is for the least cost, not for the goal '{goal}'", advice=f"goal: {goals}"
+        )
+    ruled = (rules or Rules()).apply(problem)
+    solve = solver_for(solver, settings or {})
     if goal == "worst":
-        return ruled.back(least_worst(ruled.problem, solve))
+        worst = ruled.worst
+        return ruled.back(ruled.solve(lambda asked: least_worst(asked, solve, worst)))
     if goal != "loss":
         if most_loss == math.inf:
             raise InputError("E212", f"solve: the least {goal} needs the most loss that may be", advice="most_loss=…")
-        return _back_of_cost(ruled, least_cost(ruled.problem, goal, most_loss, solve))
-    if by:
+        found = ruled.solve(lambda asked: least_cost(asked, goal, most_loss, solve))
+    elif by:
         if spread is None:
             raise InputError("E212", "solve: cautious needs the standard errors of the losses", advice="spread=…")
-        found = robust.cautious(ruled.problem, ruled.spread(spread, errors), solve, by=by, errors=errors)
-        back = ruled.back(found)
-        return replace(back, loss=found.loss, bound=found.bound, gap=found.gap)
-    return ruled.back(solve(ruled.problem))
-
-
-def _back_of_cost(ruled: Ruled, found: Solution) -> Solution:
-    """Put a least cost into the rows that were given; loss and bound stay those of the cost."""
+        error = ruled.spread(spread, errors)
+        found = ruled.solve(lambda asked: robust.cautious(asked, error, solve, by=by, errors=errors))
+    else:
+        return ruled.back(ruled.solve(solve))
+    # Loss and bound are those of the cost, or of the cautious sum.
     return replace(ruled.back(found), loss=found.loss, bound=found.bound, gap=found.gap)
 
 
@@ -223,15 +226,21 @@ class Shortage:
     @property
     def sentences(self) -> tuple[str, ...]:
         """What to tell a user."""
-        lines = [
-            f"{name} can be as small as {alone:.10g} alone"
-            + (f", {together:.10g} with the other budgets" if math.isfinite(together) else "")
-            for (name, alone), together in zip(self.alone.items(), self.together.values(), strict=True)
-        ]
+        lines = []
+        for (name, alone), together in zip(self.alone.items(), self.together.values(), strict=True):
+            if math.isinf(alone):
+                return ("a row has no format",)
+            beside = f", {_exact(together)} with the other budgets" if math.isfinite(together) else ""
+            lines.append(f"{name} can be as small as {_exact(alone)} alone{beside}")
         for rule, extra in self.pins.items():
-            costs = ", ".join(f"{cost:.10g} of {name}" for name, cost in extra.items())
+            costs = ", ".join(f"{cost:.6g} of {name}" for name, cost in extra.items())
             lines.append(f"{rule} adds {costs}")
         return tuple(lines)
+
+
+def _exact(value: float) -> str:
+    """A number as it must be given to be enough."""
+    return f"{int(value)}" if value == int(value) else repr(value)
 
 
 def shortage(problem: Problem, rules: Rules | None = None, solver: str = "auto") -> Shortage:

@@ -120,6 +120,9 @@ class StudySpec:
         if not 0 <= self.cautious < math.inf:
             raise InputError("E113", f"cautious: got {self.cautious}; expected standard errors, such as 1.645")
         Rules.of(self.rules)
+        for name in ("pins", "ties"):
+            if name in self.rules:
+                raise InputError("E113", f"rules: '{name}' is a key of its own in a study", advice=f"write {name} = …")
         if self.protect:
             Rule.parse(self.protect)
         for pattern, text in self.pins.items():

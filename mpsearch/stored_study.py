@@ -17,6 +17,7 @@ from mpsearch.planning import Labelled, Planner
 from mpsearch.ports import Store
 from mpsearch.protection import Rule
 from mpsearch.robust import Doubt, doubts
+from mpsearch.rules import Rules
 from mpsearch.spec import StudySpec
 from mpsearch.tables import CostTable, SensitivityTable
 from mpsearch.tasks import Survey
@@ -147,7 +148,8 @@ class StoredStudy:
         wanted = parse_budgets(budgets) if budgets else self.budgets
         planner = self._planner(wanted)
         problem, solution = planner.solve(self.scores, wanted)
-        return doubts(problem, solution, planner.settled(self.scores).spread, by=by)
+        rules = Rules.of(self.spec.rules)
+        return doubts(problem, solution, planner.settled(self.scores).spread, rules=rules, by=by)
 
     def _planner(self, wanted: Sequence[Budget]) -> Planner:
         survey = self.survey

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,6 +83,28 @@ def test_solve_prints_and_writes_a_plan(here: Path, capsys: pytest.CaptureFixtur
     assert plan.bits <= 3.5
     assert run(["solve", "small-llama", "--budget", "weights <= 3.5 bits", "--json"]) == 0
     assert BitPlan.from_json(json.loads(capsys.readouterr().out)) == plan
+
+
+def test_solve_says_what_a_budget_is_worth_and_what_is_in_doubt(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from mpsearch.cli import stored
+
+    assert run(["solve", "small-llama", "--budget", "weights <= 3.5 bits"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"price       one more MiB of weights would save [\d.e+-]+ nats/token", out)
+    opened = stored.open_study
+
+    def careful(name: str, storage: str) -> Any:
+        study = opened(name, storage)
+        study.spec = replace(study.spec, cautious=1.645)
+        return study
+
+    monkeypatch.setattr(stored, "open_study", careful)
+    assert run(["solve", "small-llama", "--budget", "weights <= 3.5 bits"]) == 0
+    assert "predicted" in capsys.readouterr().out
 
 
 def test_resume_of_a_finished_study_computes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -131,11 +131,31 @@ def test_rules_hold_on_stored_scores_and_cost(finished: Study) -> None:
     assert free.predicted.loss is not None
     assert ruled.predicted.loss is not None
     assert ruled.predicted.loss > free.predicted.loss
-    first, second = (row.name for row in free.layers.decisions[:2])
-    tied = plan(rules={"ties": [[first, second]]})
-    assert len({str(tied.formats[row.layers[0].name]) for row in tied.layers.decisions[:2]}) == 1
+    for name in ("pins", "ties"):
+        with pytest.raises(mp.InputError, match="key of its own"):
+            plan(rules={name: {}} if name == "pins" else {name: []})
     with pytest.raises(mp.InputError, match="E213"):
-        plan(rules={"pins": {"nowhere": common}})
+        plan(rules={"at_most": {common: "two"}})
+
+
+def test_no_plan_of_a_study_breaks_its_rules(finished: Study) -> None:
+    def planner(**changes: Any) -> Any:
+        study = Study(replace(finished.spec, **changes), finished.store)
+        return study._planner(study.budgets)
+
+    ruled = planner(rules={"at_most": {"int2-g64": 1}})
+    random = [item.plan for item in ruled.random(finished.scores, ruled._asked, 5)]
+    assert random
+    for plan in random:
+        taken = [str(plan.formats[row.layers[0].name]) for row in plan.layers.decisions]
+        assert taken.count("int2-g64") <= 1
+    labels = {item.label for item in ruled.uniform()}
+    assert "uniform int2-g64" not in labels
+    assert "uniform int4-g64" in labels
+    assert "uniform int2-g64" in {item.label for item in planner().uniform()}
+    large = replace(finished.budgets[0], amount=finished.budgets[0].amount * 8)
+    assert planner().holds_all([large]) is not None
+    assert ruled.holds_all([large]) is None
 
 
 def test_a_cautious_plan_expects_no_less_loss_and_has_less_at_the_worst(finished: Study) -> None:

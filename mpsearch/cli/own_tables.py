@@ -8,14 +8,15 @@ import math
 import sys
 import tomllib
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpsearch.errors import InfeasibleError, InputError
 
 if TYPE_CHECKING:
-    from mpsearch.own_tables import OwnTable
     from mpsearch.problem import Problem, Solution
+    from mpsearch.robust import Doubt
     from mpsearch.rules import Rules
 
 
@@ -44,6 +45,7 @@ def solve_tables(
     from mpsearch.rules import Rules
     from mpsearch.solving import shortage, solve_problem
 
+    _check_out(out, [table, *costs, *([rules] if rules else [])])
     found = read_tables(table, costs)
     problem = found.problem(budgets)
     held = read_rules(rules) if rules else Rules()
@@ -61,20 +63,23 @@ def solve_tables(
         lines = shortage(problem, held).sentences
         raise InfeasibleError(
             "E203", f"nothing fits: {solution.stats.get('reason', 'the budgets cannot be kept together')}",
-            because="; ".join(lines), advice="loosen a budget or a rule",
+            because="; ".join(lines) if most_loss is None else "",
+            advice="loosen a budget or a rule" if most_loss is None else "more loss, or loosen a budget or a rule",
         )  # fmt: skip
     if solution.status == "unsolved":
         raise InputError(
             "E210", f"solver '{solution.solver}' found nothing", advice="give it more time, or another solver"
         )
-    _write(out, problem, solution)
-    if as_json:
-        sys.stdout.write(json.dumps(_json(problem, solution), indent=1) + "\n")
-        return
-    _print(found, problem, solution, goal)
+    doubtful: Sequence[Doubt] = ()
     if found.spread is not None and goal == "loss":
-        for line in doubt_lines(doubts(problem, solution, found.spread), len(problem.names)):
-            sys.stdout.write(f"{line}\n")
+        doubtful = doubts(problem, solution, found.spread, rules=held)
+    _write(out, problem, solution, doubtful)
+    if as_json:
+        sys.stdout.write(json.dumps(_json(problem, solution, doubtful), indent=1) + "\n")
+        return
+    _print(problem, solution, goal)
+    for line in doubt_lines(doubtful, len(problem.names)):
+        sys.stdout.write(f"{line}\n")
     if out is not None:
         sys.stdout.write(f"choice      {out}\n")
 
@@ -91,9 +96,10 @@ def read_settings(texts: Sequence[str]) -> dict[str, Any]:
         if not sign or not name:
             raise InputError("E113", f"--set '{text}'", advice="write --set NAME=VALUE, such as --set time_limit=5")
         try:
-            found[name] = json.loads(value)
+            read = json.loads(value)
         except json.JSONDecodeError:
-            found[name] = value
+            read = value
+        found[name] = tuple(read) if isinstance(read, list) else read
     return found
 
 
@@ -117,7 +123,23 @@ def read_rules(path: Path) -> Rules:
         raise InputError(error.code, error.message, where=str(path), advice=error.advice) from error
 
 
-def _print(found: OwnTable, problem: Problem, solution: Solution, goal: str) -> None:
+def _check_out(out: Path | None, inputs: Sequence[Path]) -> None:
+    """Refuse, before any work, a file that cannot be written or that holds what is read.
+
+    Raises:
+        InputError: E113.
+    """
+    if out is None:
+        return
+    if out.suffix not in (".csv", ".json"):
+        raise InputError("E113", f"--out '{out}'", advice="end it with .csv or .json")
+    if not out.resolve().parent.is_dir():
+        raise InputError("E113", f"--out '{out}': there is no folder '{out.parent}'", advice="make it first")
+    if any(out.resolve() == path.resolve() for path in inputs):
+        raise InputError("E113", f"--out '{out}' is a table that is read", advice="name another file")
+
+
+def _print(problem: Problem, solution: Solution, goal: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -150,7 +172,7 @@ def _print(found: OwnTable, problem: Problem, solution: Solution, goal: str) -> 
         sys.stdout.write(f"            {solution.stats['why']}\n")
 
 
-def _json(problem: Problem, solution: Solution) -> dict[str, Any]:
+def _json(problem: Problem, solution: Solution, doubtful: Sequence[Doubt]) -> dict[str, Any]:
     def finite(value: float) -> float | None:
         return value if math.isfinite(value) else None
 
@@ -162,19 +184,20 @@ def _json(problem: Problem, solution: Solution) -> dict[str, Any]:
         "gap": finite(solution.gap),
         "cost": dict(zip(problem.resources, solution.cost, strict=True)),
         "prices": dict(zip(problem.resources, map(finite, solution.prices), strict=True)),
+        "in_doubt": [
+            {key: finite(x) if isinstance(x, float) else x for key, x in asdict(doubt).items()} for doubt in doubtful
+        ],
         "solver": solution.solver,
         "stats": {key: value for key, value in solution.stats.items() if isinstance(value, (str, int, float, dict))},
     }
 
 
-def _write(out: Path | None, problem: Problem, solution: Solution) -> None:
+def _write(out: Path | None, problem: Problem, solution: Solution, doubtful: Sequence[Doubt]) -> None:
     if out is None:
         return
     if out.suffix == ".json":
-        out.write_text(json.dumps(_json(problem, solution), indent=1) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(_json(problem, solution, doubtful), indent=1) + "\n", encoding="utf-8")
         return
-    if out.suffix != ".csv":
-        raise InputError("E113", f"--out '{out}'", advice="end it with .csv or .json")
     with out.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["row", "format", "loss", *problem.resources])

@@ -6,12 +6,13 @@ import json
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mpsearch.cli.options import DEFAULT_STORAGE, Budgets, Json, Quiet, Storage, Workers, open_study, worker_count
-from mpsearch.errors import InputError, UsageError
+from mpsearch.cli.own_tables import read_settings
+from mpsearch.errors import InputError
 
 if TYPE_CHECKING:
     from mpsearch.searching import Searched
@@ -48,7 +49,7 @@ def search(
     from mpsearch.spec import StudySpec
     from mpsearch.studying import Study
 
-    settings = _settings(setting or [])
+    settings = read_settings(setting or [])
     if target is not None:
         settings["target"] = target
     progress = Progress(quiet or as_json)
@@ -100,23 +101,6 @@ def _change(start: float, best: float) -> str:
     if best == start:
         return "the start: nothing better was found"
     return f"{100 * abs(1 - best / start):.1f} % {'below' if best < start else 'above'} the start" if start else ""
-
-
-def _settings(texts: list[str]) -> dict[str, Any]:
-    """Read settings; values are JSON, or texts as they are."""
-    found: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise UsageError("E115", f"--set '{text}' is not NAME=VALUE", advice="--set screen=8")
-        try:
-            read = json.loads(value)
-        except ValueError:
-            read = value
-        if isinstance(read, dict):
-            raise InputError("E107", f"--set {name}: got {value}", advice="give a number, a text or a list")
-        found[name] = tuple(read) if isinstance(read, list) else read
-    return found
 
 
 def storage_of(storage: str) -> str:

@@ -18,6 +18,10 @@ _EPS = float(np.finfo(np.float64).eps)
 #: Choices are repaired and improved in so many rows first.
 _ACTIVE = 4096
 _ROWS = 2**14
+#: Up to so many rows the lowest prices are found exactly; beyond, only where they are far below those at hand.
+_CLOSELY = 2000
+#: Bounds that differ by less than this share are one.
+_SAME = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +167,10 @@ def maximise(reduced: Reduced, resources: int, rounds: int = 100) -> Dual:
     walk = ascend(tables, tables.rows, rounds, ceiling)
     least, guess = tables.cheapest(walk.best_weights)
     value = _certified(least, walk.best_weights * tables.limit)
-    weights = walk.best_weights / tables.scale
+    lowest, value = _lowest(tables, walk.best_weights, value)
+    if lowest is not walk.best_weights:
+        _, guess = tables.cheapest(lowest)
+    weights = lowest / tables.scale
     if not value > 0.0:
         # No price proves more than none at all does, and that without rounding.
         weights = np.zeros_like(weights)
@@ -176,6 +183,35 @@ def maximise(reduced: Reduced, resources: int, rounds: int = 100) -> Dual:
     bound = math.inf if value > ceiling else reduced.loss(value)
     seen = [choice for choice in walk.near if len(choice) == tables.rows and reduced.fits(choice)]
     return Dual(bound, tuple(prices), value, weights, guess, seen[-1] if seen else None, len(walk.cuts))
+
+
+def _lowest(tables: Tables, weights: Floats, value: float) -> tuple[Floats, float]:
+    """Return the lowest weights that prove the same bound, one resource after the other, and the bound.
+
+    Where a limit leaves no room, every weight from some value on proves it. The lowest one is what more room is worth;
+    the others are arbitrary.
+    """
+    for r in range(len(weights)):
+        if not weights[r] > 0 or not value > 0:
+            continue
+        high, low = float(weights[r]), 0.0
+        few = tables.rows <= _CLOSELY
+        for _ in range(200 if few else 60):
+            middle = 0.5 * (low + high) if few or low else 0.5 * high
+            if not low < middle < high:
+                break
+            tried = weights.copy()
+            tried[r] = middle
+            proven = _certified(tables.cheapest(tried)[0], tried * tables.limit)
+            if proven >= value * (1 - _SAME):
+                high, weights, value = middle, tried, max(value * (1 - _SAME), proven)
+            else:
+                low = middle
+                if not few and high == weights[r] and middle * 2 >= high:
+                    break
+            if high - low <= _SAME * high:
+                break
+    return weights, value
 
 
 def _ceiling(reduced: Reduced) -> float:

@@ -31,7 +31,7 @@ from mpsearch.solvers.lagrangian import Dual, maximise, polish
 
 #: Deviations that sets are formed of: at first, at most, and by what they grow.
 _FIRST, _MOST, _GROWTH = 12, 2048, 1.5
-#: A choice is looked for by moves of single rows when sets of so many deviations hold none that fits.
+#: A choice is also looked for by moves of single rows before sets of more deviations than this are formed.
 _WITHOUT = 70
 #: What the sets leave open goes to an integer programme when it has no more cells than this.
 _PROGRAMME = 20_000
@@ -123,6 +123,7 @@ class _Search:
     proven: float = -math.inf
     infeasible: bool = False
     exact: bool = False
+    polished: bool = False
     stats: dict[str, Any] = field(default_factory=lambda: {"deviations": 0, "sets": 0, "programme": "not needed"})
 
     def run(self) -> Solution:
@@ -133,7 +134,7 @@ class _Search:
             self._offer(self.dual.choice)
         if not self._enough():
             self._expand()
-        if self.choice is None and not self.infeasible and time.monotonic() < self.deadline:
+        if not self.polished and not self._enough() and not self.infeasible and time.monotonic() < self.deadline:
             self._offer(polish(self.reduced, self.dual))
         if not self._enough() and not self.infeasible:
             self._programme()
@@ -179,14 +180,18 @@ class _Search:
     def _expand(self) -> None:
         """Form sets of ever more deviations until the best choice is good enough or they are too many."""
         near, room = self._near()
-        count, tried = _FIRST, False
+        count = _FIRST
         while time.monotonic() < self.deadline:
-            if self.choice is None and count > _WITHOUT and not tried:
-                tried = True
-                self._offer(polish(self.reduced, self.dual))
-                near, room = self._near()
             known = len(near.rise)
             inside = int(np.searchsorted(near.rise, near.rise[min(count, known - 1)], side="right")) if known else 0
+            if inside > _WITHOUT and not self.polished:
+                # Where many moves are alike, sets of them are many and moves of single rows find what they would.
+                self.polished = True
+                self._offer(polish(self.reduced, self.dual))
+                if self._enough():
+                    return
+                near, room = self._near()
+                continue
             beyond = math.inf if near.complete else float(near.rise[-1])
             limit = float(near.rise[inside]) if inside < known else beyond
             found = self._sets(near, room, inside, limit)

@@ -88,7 +88,11 @@ class TopK:
 
     def _choices(self, problem: Problem) -> Iterator[Ints | None]:
         share = weighed(problem)
-        for small, large in pairs(problem, self.small, self.large, share):
+        found = pairs(problem, self.small, self.large, share)
+        if self.percent is not None:
+            # A share of one format is no share.
+            found = [(small, large) for small, large in found if small != large] or found
+        for small, large in found:
             base, free = two_formats(problem, small, large, share)
             order = sorted_rows(problem, free, problem.loss[free, small] - problem.loss[free, large])
             ladder = Ladder(base, order, np.full(len(order), large))
