@@ -152,7 +152,8 @@ def make(kind: str, name: str, **values: Any) -> Any:
                 f"{kind}: '{name}' has no setting '{setting}'{did_you_mean(setting, known)}",
                 advice=f"settings: {', '.join(known) or 'none'}",
             )
-    _check_types(kind, name, component, values)
+    if kind in ("solvers", "searchers"):
+        _check_types(kind, name, component, values)
     return component(**values)
 
 

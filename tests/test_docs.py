@@ -26,6 +26,15 @@ def test_links_lead_to_files(page: Path) -> None:
         assert target.startswith("http") or (page.parent / target).exists(), target
 
 
+def test_the_python_blocks_about_solvers_run(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "solvers.md").read_text(), re.DOTALL):
+        exec(compile(block, "solvers.md", "exec"), names)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("[1 0 2] optimal 0.0")
+    assert second.startswith("[2")
+
+
 def test_the_python_blocks_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 2

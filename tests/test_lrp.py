@@ -458,7 +458,7 @@ def test_nothing_is_left_in_the_model() -> None:
     before = [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in model.module.modules()]
     Lrp().score(model, [batch], find_layers(model, [batch]), [Format.parse("int4-channel")])
     broken = {"input_ids": torch.full((1, 3), 99)}
-    with pytest.raises(IndexError):
+    with pytest.raises(InputError, match="E512"):
         relevance(model, broken, [])
     after = [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in model.module.modules()]
     assert after == before

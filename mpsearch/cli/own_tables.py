@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpsearch.errors import InfeasibleError, InputError
+from mpsearch.errors import InfeasibleError, InputError, UsageError
 
 if TYPE_CHECKING:
     from mpsearch.problem import Problem, Solution
@@ -94,7 +94,7 @@ def read_settings(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         name, sign, value = text.partition("=")
         if not sign or not name:
-            raise InputError("E113", f"--set '{text}'", advice="write --set NAME=VALUE, such as --set time_limit=5")
+            raise UsageError("E115", f"--set '{text}' is not NAME=VALUE", advice="write --set time_limit=5")
         try:
             read = json.loads(value)
         except json.JSONDecodeError:
