@@ -3,7 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CODE := mpsearch tests studies benchmarks examples
-BENCHMARKS := frontier curvature solving solvers formats kill_study tournament streaming architectures
+BENCHMARKS := frontier curvature solving solvers solver_fronts search joint_menu formats kill_study tournament streaming \
+  architectures
 
 .PHONY: demo test lint bench browser clean
 

@@ -12,6 +12,9 @@ from mpsearch.budget import Budget, decimal_text
 from mpsearch.errors import InfeasibleError
 from mpsearch.tables import Array, CostTable
 
+#: Pins that are named one by one.
+_DEAREST = 3
+
 
 def allowed(costs: Sequence[CostTable], pins: Mapping[str, str], menu: Sequence[str]) -> Array:
     """Return (L, F): 0 where a format may be chosen, NaN where it is refused, barred by a pin or not in the menu."""
@@ -42,11 +45,7 @@ def check_budgets(budgets: Sequence[Budget], costs: Sequence[CostTable], mask: A
         pinned = [i for i, name in enumerate(table.layers) if name in pins]
         free = np.nanmin(table.value, axis=1)
         extra = math.fsum(cheapest[i] - free[i] for i in pinned)
-        why = (
-            f"{len(pinned)} pinned decisions cost {in_unit(extra, budget, table)} more than their cheapest format"
-            if extra
-            else ""
-        )
+        why = _pins_cost(pinned, cheapest - free, budget, table) if extra else ""
         raise InfeasibleError(
             "E201",
             f"budget '{budget}' cannot be met: the cheapest allowed plan needs {smallest}",
@@ -56,6 +55,16 @@ def check_budgets(budgets: Sequence[Budget], costs: Sequence[CostTable], mask: A
             advice=f"budget: {' '.join([budget.resource, '<=', smallest, budget.condition]).rstrip()}, "
             "or offer smaller formats",
         )
+
+
+def _pins_cost(pinned: Sequence[int], extra: Array, budget: Budget, table: CostTable) -> str:
+    """What the pins add together, and the dearest ones alone."""
+    total = in_unit(math.fsum(extra[pinned].tolist()), budget, table)
+    dearest = sorted((i for i in pinned if extra[i] > 0), key=lambda i: -float(extra[i]))[:_DEAREST]
+    each = ", ".join(f"'{table.layers[i]}' {in_unit(float(extra[i]), budget, table)}" for i in dearest)
+    return f"{len(pinned)} pinned decisions cost {total} more than their cheapest format: {each}" + (
+        " …" if len(dearest) < sum(extra[i] > 0 for i in pinned) else ""
+    )
 
 
 def in_unit(cost: float, budget: Budget, table: CostTable) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,14 +17,12 @@ from mpsearch.structure import PairTerms
 from mpsearch.tables import Array
 
 Solve = Callable[[Problem], Solution]
-#: How errors of different rows go together: all at once, as scores from the same sequences may, or each on its own.
-Errors = Literal["shared", "independent"]
 #: The independent case stops when nothing below this share of the loss can be left to find.
 _CLOSE = 1e-9
 _MOST_SOLVES = 200
 
 
-def cautious(problem: Problem, spread: Array, solve: Solve, *, by: float, errors: Errors = "shared") -> Solution:
+def cautious(problem: Problem, spread: Array, solve: Solve, *, by: float, errors: str = "shared") -> Solution:
     """Solve for the least loss that is exceeded only if the scores are off by more than ``by`` standard errors.
 
     ``shared``: the worst case of ``sum loss + by * spread``, when every error goes the same way (a box). One solve.

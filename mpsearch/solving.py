@@ -14,7 +14,6 @@ from mpsearch.errors import InputError, did_you_mean
 from mpsearch.goals import least_cost, least_worst
 from mpsearch.pairs import PairTable
 from mpsearch.problem import Problem, Solution
-from mpsearch.robust import Errors
 from mpsearch.rules import Rules
 from mpsearch.structure import PairTerms
 from mpsearch.tables import Array
@@ -95,7 +94,7 @@ def solve(
     most_loss: float = math.inf,
     spread: Any = None,
     cautious: float = 0.0,
-    errors: Errors = "shared",
+    errors: str = "shared",
     **settings: Any,
 ) -> Solution:
     """Choose one format per row: least total loss within all limits. Anybody's table.
@@ -175,7 +174,7 @@ def solve_problem(
     most_loss: float = math.inf,
     spread: Array | None = None,
     by: float = 0.0,
-    errors: Errors = "shared",
+    errors: str = "shared",
 ) -> Solution:
     """Solve under rules, for a goal, with an allowance for errors (see `mpsearch.solve`)."""
     if goal not in ("loss", "worst", *problem.resources):

@@ -235,7 +235,8 @@ def test_pins_hold_and_cost(small_llama: Path, tmp_path: Path) -> None:
     assert "bf16" not in {str(f) for name, f in formats.items() if name != "model.embed_tokens"}
     with pytest.raises(mp.InfeasibleError) as found:
         study.plan("weights <= 4 bits")
-    assert "pinned" in found.value.because
+    assert "2 pinned decisions cost" in found.value.because
+    assert found.value.because.index("'model.embed_tokens'") < found.value.because.index("{q,k,v}_proj")
     uniform = next(x.plan for x in study.plans if x.label == "uniform int4-g64")
     assert {str(uniform.formats[f"model.layers.{i}.self_attn.q_proj"]) for i in (0, 1)} == {"int8-channel", "int4-g64"}
 

@@ -31,6 +31,7 @@ def solve_tables(
     goal: str,
     most_loss: float | None,
     cautious: float,
+    errors: str,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -58,6 +59,7 @@ def solve_tables(
         most_loss=math.inf if most_loss is None else most_loss,
         spread=found.spread,
         by=cautious,
+        errors=errors,
     )
     if solution.status == "infeasible":
         lines = shortage(problem, held).sentences

@@ -27,6 +27,7 @@ def solve(
     goal: Annotated[str, typer.Option(help="For a table: loss, worst, or a resource to spend least of.")] = "loss",
     most_loss: Annotated[float | None, typer.Option(help="With a resource as the goal: the most loss.")] = None,
     cautious: Annotated[float, typer.Option(help="For a table with spreads: standard errors to allow for.")] = 0.0,
+    errors: Annotated[str, typer.Option(help="With --cautious: shared or independent.")] = "shared",
 ) -> None:
     """Solve for other budgets on stored scores, or on a table of your own; the model is not loaded.
 
@@ -41,7 +42,7 @@ def solve(
             raise UsageError("E115", "a study and --table are given", advice="leave one of them out")
         solve_tables(
             table, costs or [], budget or [], solver=solver, settings=setting or [], rules=rules, goal=goal,
-            most_loss=most_loss, cautious=cautious, out=out, as_json=as_json,
+            most_loss=most_loss, cautious=cautious, errors=errors, out=out, as_json=as_json,
         )  # fmt: skip
         return
     if not name:
