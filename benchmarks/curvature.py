@@ -43,25 +43,9 @@ def seconds(work: Callable[[], object], repeat: int) -> float:
     return statistics.median(times)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--layer-probes", type=int, default=6)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    print(fingerprint())
-    model = load_model(bundled_model())
-    tokenizer = load_tokenizer(bundled_model())
-    batches = load_batches(
-        Source("stdlib:calibration"), tokenizer, length=args.length, tokens=8 * args.length, batch_size=2
-    )
-    layers = find_layers(model)
-    weights = [model.weight(layer.name) for layer in layers]
+def traces(model: Any, batches: Any, layers: Any, base: float, layer_probes: int) -> None:
+    """Sections 1 to 3."""
     batch = batches[0]
-    torch.autograd.grad(model.loss(batch), weights)
-    base = seconds(lambda: torch.autograd.grad(model.loss(batch), weights), 7)
-    print(f"forward and backward, 2 x {args.length} tokens: {base:.3f} s")
-
     for settings in ({}, {"product": "double_backward"}):
         estimator = HessianTrace(probes=16, least_probes=16, **settings)
         used = seconds(lambda e=estimator: e.traces(model, batch, layers), 3)
@@ -73,11 +57,9 @@ def main() -> None:
     joint_seconds = (time.perf_counter() - start) / 64
     start = time.perf_counter()
     single = np.array(
-        HessianTrace(probes=args.layer_probes, least_probes=args.layer_probes, probing="layer").traces(
-            model, batch, layers
-        )
+        HessianTrace(probes=layer_probes, least_probes=layer_probes, probing="layer").traces(model, batch, layers)
     )
-    single_seconds = (time.perf_counter() - start) / args.layer_probes
+    single_seconds = (time.perf_counter() - start) / layer_probes
     variance = joint.var(axis=0, ddof=1) / single.var(axis=0, ddof=1)
     print(
         f"one probe of all {len(layers)} layers: joint {joint_seconds:.2f} s, layer by layer {single_seconds:.2f} s "
@@ -85,7 +67,7 @@ def main() -> None:
     )
     print(f"variance of a joint probe over that of a layer's own: median {np.median(variance):.1f} x")
     print(f"joint at equal standard error: {single_seconds / joint_seconds / np.median(variance):.2f} x as fast")
-    print(f"correlation of the traces (log, {args.layer_probes} layer probes against 64 joint): ", end="")
+    print(f"correlation of the traces (log, {layer_probes} layer probes against 64 joint): ", end="")
     both = (joint.mean(axis=0) > 0) & (single.mean(axis=0) > 0)
     print(f"{np.corrcoef(np.log(joint.mean(axis=0)[both]), np.log(single.mean(axis=0)[both]))[0, 1]:.3f}")
 
@@ -96,6 +78,10 @@ def main() -> None:
     b = seconds(lambda: full.score(model, batches, layers, formats), 3)
     print(f"divergence: remembered {a:.2f} s, full passes {b:.2f} s: {a / b:.2f} x")
 
+
+def one_pass(model: Any, batches: Any, layers: Any, weights: Any) -> None:
+    """Section 4."""
+    formats = parse_formats(DEFAULT_FORMATS)
     samples = [sample for batch in batches for sample in samples_of(batch)]
 
     def plain(create: bool) -> None:
@@ -131,6 +117,30 @@ def main() -> None:
 
         used = seconds(work, 3)
         print(f"{name}: {used:.2f} s, {used / (passes + rounded):.2f} x plain passes and rounding")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--layer-probes", type=int, default=6)
+    parser.add_argument("--one-pass", action="store_true", help="only section 4")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print(fingerprint())
+    model = load_model(bundled_model())
+    tokenizer = load_tokenizer(bundled_model())
+    batches = load_batches(
+        Source("stdlib:calibration"), tokenizer, length=args.length, tokens=8 * args.length, batch_size=2
+    )
+    layers = find_layers(model)
+    weights = [model.weight(layer.name) for layer in layers]
+    batch = batches[0]
+    torch.autograd.grad(model.loss(batch), weights)
+    base = seconds(lambda: torch.autograd.grad(model.loss(batch), weights), 7)
+    print(f"forward and backward, 2 x {args.length} tokens: {base:.3f} s")
+    if not args.one_pass:
+        traces(model, batches, layers, base, args.layer_probes)
+    one_pass(model, batches, layers, weights)
 
 
 if __name__ == "__main__":
