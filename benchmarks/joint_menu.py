@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import mpsearch as mp
+from mpsearch import rivals
 from mpsearch.bundled import BUNDLED
 from mpsearch.front import Measurement
 from mpsearch.machine import fingerprint
@@ -48,6 +49,7 @@ def study_of(name: str, formats: list[str], budget: float, folder: Path, args: a
         budgets=[f"weights <= {budget} bits"],
         formats=formats,
         estimator=args.estimator,
+        tokens=args.tokens,
         points=0,
         workers=args.workers,
         storage=f"sqlite:///{folder}/{name.replace(' ', '-').replace(',', '')}-{budget}.db",
@@ -58,7 +60,7 @@ def uniform_gptq(study: Study, budget: float) -> tuple[str, Measurement] | None:
     """The best measured uniform GPTQ plan of at most the budget's bytes."""
     with study.session() as session:
         limit = study.budgets[0].limit(session.planner.costs[0])
-        plans = [x for x in session.planner.uniform() if x.label.endswith("gptq") and x.plan.bytes <= limit]
+        plans = [x for x in rivals.uniform(session.planner) if x.label.endswith("gptq") and x.plan.bytes <= limit]
         measured = session.measure(plans)
     found = [(item.label, measured[item.plan.key]) for item in plans if item.plan.key in measured]
     return min(found, key=lambda pair: pair[1].loss, default=None)
@@ -68,6 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--estimator", default="block_mse")
+    parser.add_argument("--tokens", type=int, default=8192, help="calibration tokens of the scores")
     parser.add_argument("--evaluations", type=int, default=16)
     parser.add_argument("--budgets", type=float, nargs="*", default=BUDGETS)
     args = parser.parse_args()

@@ -31,9 +31,9 @@ from mpsearch.machine import fingerprint
 from mpsearch.model.model import load_model
 from mpsearch.planning import Planner
 from mpsearch.problem import Problem
-from mpsearch.searching import drive, history
+from mpsearch.searching import drive
 from mpsearch.studying import Study
-from mpsearch.trials import Seen, Trial
+from mpsearch.trials import Seen, Trial, history
 
 FORMATS = [f"int{bits}-g64" for bits in range(2, 9)]
 BATCHES = 64

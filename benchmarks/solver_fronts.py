@@ -60,7 +60,7 @@ def main() -> None:
                 if not len(solution.choice):
                     print(f"{title} | {solution.status} | | | {seconds:.3f} | |", flush=True)
                     continue
-                plan = session.planner._from_choice(solution.choice, {"solver": name})
+                plan = session.planner.from_choice(solution.choice, {"solver": name})
                 if plan.assignment not in measured:
                     measured[plan.assignment] = session.measure([Labelled(name, plan)], phase="")[plan.key]
                 found = measured[plan.assignment]

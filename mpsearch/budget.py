@@ -10,21 +10,33 @@ from fractions import Fraction
 
 from mpsearch.errors import InputError, did_you_mean
 from mpsearch.tables import CostTable
+from mpsearch.workload import canonical
 
 _BYTES = {
     "B": 1, "bytes": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
 }  # fmt: skip
 _BOPS = {"BOPs": 1, "MBOPs": 10**6, "GBOPs": 10**9, "TBOPs": 10**12}
-_UNITS: dict[str, tuple[str, ...]] = {
-    "weights": ("bits", "%", *_BYTES), "bops": ("%", *_BOPS), "kv": ("%", *_BYTES),
+_SECONDS = {"us": Fraction(1, 10**6), "ms": Fraction(1, 10**3), "s": Fraction(1)}
+_JOULES = {"uJ": Fraction(1, 10**6), "mJ": Fraction(1, 10**3), "J": Fraction(1)}
+_SCALES: dict[str, Fraction] = {
+    **{unit: Fraction(size) for unit, size in (_BYTES | _BOPS).items()}, **_SECONDS, **_JOULES,
 }  # fmt: skip
+_UNITS: dict[str, tuple[str, ...]] = {
+    "weights": ("bits", "%", *_BYTES), "bops": ("%", *_BOPS), "kv": ("%", *_BYTES), "memory": ("%", *_BYTES),
+    "ttft": ("%", *_SECONDS), "tpot": ("%", *_SECONDS), "latency": ("%", *_SECONDS), "traffic": ("%", *_BYTES),
+    "energy": tuple(_JOULES),
+}  # fmt: skip
+#: Resources whose cost is how long a pass takes.
+TIMED = ("ttft", "tpot", "latency")
 _PATTERN = re.compile(
     r"\s*(?:(?P<resource>[A-Za-z_]+)\s*<=)?\s*(?P<amount>[-+]?[\d./]+(?:[eE][-+]?\d+)?|[^\s%A-Za-z]+|[A-Za-z]+)\s*(?P<unit>%|[A-Za-z]+)?\s*"
     r"(?:\bat\s+(?P<at>.*))?"
 )
-_CONDITION = re.compile(r"context\s+(?P<context>\d+)(?:\s*,\s*batch\s+(?P<batch>\d+))?\s*")
-_HELP = "write one like 'weights <= 4.25 bits', 'weights <= 3.5 GiB', 'bops <= 60 %' or 'kv <= 2 GiB at context 8192'"
+_HELP = (
+    "write one like 'weights <= 4.25 bits', 'weights <= 3.5 GiB', 'bops <= 60 %', 'kv <= 2 GiB at context 8192', "
+    "'memory <= 8 GiB at context 8192' or 'tpot <= 14 ms at context 2048'"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +44,14 @@ class Budget:
     """A resource and the most of it that a plan may use.
 
     Attributes:
-        resource: ``weights`` (every stored byte of the model), ``bops``, or ``kv`` (the KV caches).
+        resource: ``weights`` (every stored byte of the model), ``bops``, ``kv`` (the KV caches), ``memory`` (all that
+            serving takes), ``ttft`` (seconds to the first token), ``tpot`` (seconds of each further one), ``latency``
+            (of whole requests), ``traffic`` (bytes that a decode step reads) or ``energy`` (joules of a decode step).
         amount: exact number in ``unit``.
-        unit: ``bits`` per weight of the whole model, bytes such as ``GiB``, ``BOPs`` with a prefix, or ``%`` of the
-            model with 16-bit weights (and 16-bit activations for ``bops``, 16-bit caches for ``kv``).
-        condition: what a budget of ``kv`` holds for: ``at context 8192`` or ``at context 8192, batch 4``.
+        unit: ``bits`` per weight of the whole model, bytes such as ``GiB``, ``BOPs`` with a prefix, ``us``, ``ms`` or
+            ``s``, ``J`` with a prefix, or ``%`` of the model with 16-bit weights, activations and caches.
+        condition: what it holds for: ``at context 8192, batch 4``, ``at prompt 512``, ``at prompt 512, output 128``
+            (see `mpsearch.workload`).
 
     >>> str(Budget.parse("weights<=4.25bits"))
     'weights <= 4.25 bits'
@@ -81,7 +96,7 @@ class Budget:
                 f"budget '{text}': unit '{unit}' does not fit '{resource}'{did_you_mean(unit, _UNITS[resource])}",
                 advice=f"units of {resource}: {', '.join(_UNITS[resource])}",
             )
-        return cls(resource, amount, unit, _condition(text, resource, match["at"]))
+        return cls(resource, amount, unit, canonical(resource, match["at"]))
 
     def __str__(self) -> str:
         return f"{self.resource} <= {decimal_text(self.amount)} {self.unit} {self.condition}".rstrip()
@@ -91,8 +106,13 @@ class Budget:
         """``resource`` of the cost table that the budget is read off: with its condition, where it has one."""
         return f"{self.resource} {self.condition}".rstrip()
 
-    def limit(self, cost: CostTable) -> int:
-        """Return the largest whole cost, in the table's unit, that keeps the budget.
+    @property
+    def scale(self) -> Fraction:
+        """What one of its unit is in bytes, BOPs, seconds or joules; not for bits and %, which depend on the model."""
+        return _SCALES[self.unit]
+
+    def limit(self, cost: CostTable) -> float:
+        """Return the largest cost, in the table's unit, that keeps the budget; a whole number of bytes and BOPs.
 
         Raises:
             ValueError: the table is of another resource.
@@ -100,25 +120,21 @@ class Budget:
         if cost.resource != self.priced_by:
             raise ValueError(f"a budget of {self.priced_by} cannot be read off a table of {cost.resource}")
         if self.unit == "%":
-            return math.floor(self.amount * Fraction(cost.reference) / 100)
-        if self.unit == "bits":
-            return math.floor(self.amount * cost.weights / 8)
-        return math.floor(self.amount * {**_BYTES, **_BOPS}[self.unit])
+            exact = self.amount * Fraction(cost.reference) / 100
+        elif self.unit == "bits":
+            exact = self.amount * cost.weights / 8
+        else:
+            exact = self.amount * self.scale
+        return float(exact) if cost.unit in ("s", "J") else math.floor(exact)
 
 
-def _condition(text: str, resource: str, at: str | None) -> str:
-    if resource != "kv":
-        if at is not None:
-            raise InputError("E111", f"budget '{text}': only budgets of kv have a condition, not those of {resource}")
-        return ""
-    match = _CONDITION.fullmatch(at or "")
-    if match is None or not int(match["context"]) or not int(match["batch"] or 1):
-        problem = "does not say at what context" if at is None else f"'at {at}' is not a condition"
-        raise InputError(
-            "E111", f"budget '{text}': {problem}", advice="end it with: at context 8192, or at context 8192, batch 4"
-        )
-    batch = int(match["batch"] or 1)
-    return f"at context {int(match['context'])}" + (f", batch {batch}" if batch > 1 else "")
+def units(resource: str) -> tuple[str, ...]:
+    """Units of a resource.
+
+    >>> units("tpot")
+    ('%', 'us', 'ms', 's')
+    """
+    return _UNITS[resource]
 
 
 def conditions(condition: str) -> dict[str, int]:

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from mpsearch.budget import Budget, decimal_text
+from mpsearch.budget import TIMED, Budget, decimal_text
 from mpsearch.errors import InfeasibleError
 from mpsearch.tables import Array, CostTable
 
@@ -48,13 +48,17 @@ def check_budgets(budgets: Sequence[Budget], costs: Sequence[CostTable], mask: A
         why = _pins_cost(pinned, cheapest - free, budget, table) if extra else ""
         raise InfeasibleError(
             "E201",
-            f"budget '{budget}' cannot be met: the cheapest allowed plan needs {smallest}",
+            f"budget '{budget}' cannot be met: the {_best(budget)} allowed plan needs {smallest}",
             because=why or f"what is not decided takes {in_unit(table.fixed, budget, table)} of it"
             if table.fixed
             else why,
             advice=f"budget: {' '.join([budget.resource, '<=', smallest, budget.condition]).rstrip()}, "
             "or offer smaller formats",
         )
+
+
+def _best(budget: Budget) -> str:
+    return "fastest" if budget.resource in TIMED else "cheapest"
 
 
 def _pins_cost(pinned: Sequence[int], extra: Array, budget: Budget, table: CostTable) -> str:
@@ -75,6 +79,6 @@ def in_unit(cost: float, budget: Budget, table: CostTable) -> str:
     elif budget.unit == "bits":
         amount = exact * 8 / table.weights
     else:
-        amount = exact / Budget(budget.resource, Fraction(1), budget.unit, budget.condition).limit(table)
+        amount = exact / budget.scale
     rounded = Fraction(math.ceil(amount * 10_000), 10_000)
     return f"{decimal_text(rounded)} {budget.unit}"

@@ -48,11 +48,8 @@ def least_cost(problem: Problem, resource: str, most_loss: float, solve: Solve) 
         raise InputError("E212", "solve: most_loss is not a number")
     r = problem.resources.index(resource)
     swapped = replace(
-        problem,
+        problem.with_resource("loss", problem.loss, most_loss),
         loss=np.where(problem.offered, problem.cost[r], np.inf),
-        cost=np.concatenate([problem.cost, np.where(problem.offered, problem.loss, 0.0)[None]]),
-        limit=np.r_[problem.limit, most_loss],
-        resources=(*problem.resources, "loss"),
     )
     found = solve(swapped)
     stats = {**found.stats, "goal": resource, "loss": found.cost[-1], "price of loss": found.prices[-1]}

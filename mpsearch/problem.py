@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -102,6 +102,15 @@ class Problem:
             elif len(getattr(self, name)) != count:
                 raise ValueError(f"{name} must hold {count} names, got {len(getattr(self, name))}")
         check_structure(self.pairs, self.aligned, *loss.shape)
+
+    def with_resource(self, name: str, cost: Array, limit: float) -> Problem:
+        """The same problem with one more resource, (N, F) and its limit."""
+        return replace(
+            self,
+            cost=np.concatenate([self.cost, np.where(self.offered, cost, 0.0)[None]]),
+            limit=np.r_[self.limit, limit],
+            resources=(*self.resources, name),
+        )
 
     @classmethod
     def of(

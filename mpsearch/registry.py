@@ -1,6 +1,6 @@
 """Names users type, and the code behind them, loaded on first use.
 
-Plug-ins join through entry points of the groups ``mpsearch.estimators``, ``mpsearch.targets``,
+Plug-ins join through entry points of the groups ``mpsearch.estimators``, ``mpsearch.targets``, ``mpsearch.engines``,
 ``mpsearch.solvers``, ``mpsearch.searchers``, ``mpsearch.evaluators``, ``mpsearch.exporters`` and
 ``mpsearch.formats``.
 """
@@ -68,7 +68,21 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
         "bytes@gguf": "mpsearch.hardware.bytes:gguf",
         "bops": "mpsearch.hardware.bops:Bops",
         "kv": "mpsearch.hardware.kv_bytes:KvBytes",
+        "memory": "mpsearch.hardware.memory:Memory",
+        "latency": "mpsearch.hardware.latency:Latency",
+        "traffic": "mpsearch.hardware.traffic:Traffic",
+        "energy": "mpsearch.hardware.traffic:Energy",
     },
+    "engines": {
+        "onnxruntime": "mpsearch.hardware.engines.onnxruntime:OnnxRuntime",
+        "torch": "mpsearch.hardware.engines.torch_kernels:Torch",
+        "openvino": "mpsearch.hardware.engines.openvino:OpenVino",
+        "torchao-compile": "mpsearch.hardware.engines.torchao_compile:TorchAoCompile",
+        "llama.cpp": "mpsearch.hardware.engines.llama_cpp:LlamaCpp",
+        "roofline": "mpsearch.hardware.engines.roofline:Roofline",
+        "table": "mpsearch.hardware.engines.table:Table",
+    },
+    "wholes": {"onnxruntime": "mpsearch.hardware.whole:OnnxRuntimeWholes"},
     "solvers": {
         "ilp": "mpsearch.solvers.ilp:Ilp",
         "greedy": "mpsearch.solvers.greedy:Greedy",

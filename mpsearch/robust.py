@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr
 
 from mpsearch.errors import InputError
 from mpsearch.problem import Problem, Solution, relative_gap
@@ -240,7 +239,7 @@ def doubts(
     for i in np.flatnonzero(ratio[rows, nearest] < by).tolist():
         j = int(nearest[i])
         ahead, noise, distance = max(0.0, float(lead[i, j])), float(error[i, j]), float(ratio[i, j])
-        chance = float(ndtr(-distance))
+        chance = math.erfc(distance / math.sqrt(2)) / 2
         density = math.exp(-distance * distance / 2) / math.sqrt(2 * math.pi)
         found.append(
             Doubt(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from mpsearch.ports import Searcher
 from mpsearch.problem import Problem
 from mpsearch.ruled import Ruled
 from mpsearch.rules import Rules
-from mpsearch.trials import Seen, Trial
+from mpsearch.trials import Searched, Seen, Trial
 
 if TYPE_CHECKING:
     from mpsearch.session import Session
@@ -30,89 +29,6 @@ if TYPE_CHECKING:
 Measure = Callable[[Sequence[Trial]], Sequence[Seen]]
 #: Plans of searches stand after those of a study's own run.
 _POSITION = 1_000_000
-
-
-@dataclass(frozen=True)
-class Searched:
-    """What a search measured and found.
-
-    Attributes:
-        searcher: name of the searcher.
-        settings: its settings.
-        budgets: what every plan keeps.
-        trials: what was measured, in the order in which it was asked for; losses in nats per token.
-        tokens: evaluated tokens of each trial; samples, for a model that was given as a module.
-        best: the trial that the searcher settled on.
-        plan: its plan, which can be exported.
-        problem: what was searched.
-        note: what the searcher says of it.
-        held_out: the start and the best plan, measured on the validation batches; None where one could not be, or where
-            the search itself measured there.
-    """
-
-    searcher: str
-    settings: Mapping[str, Any]
-    budgets: tuple[str, ...]
-    trials: tuple[Seen, ...]
-    tokens: tuple[int, ...]
-    best: Seen
-    plan: BitPlan
-    problem: Problem = field(repr=False, compare=False)
-    note: str = ""
-    held_out: tuple[Measurement, Measurement] | None = None
-
-    @property
-    def start(self) -> Seen:
-        """The first trial that was measured on all batches."""
-        return next(item for item in self.trials if not item.trial.batches)
-
-    @property
-    def history(self) -> list[tuple[int, float]]:
-        """Evaluated tokens and the least loss on all batches by then, one pair for each time that it fell."""
-        return history(self.trials, self.tokens)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "searcher": self.searcher,
-            "settings": dict(self.settings),
-            "budgets": list(self.budgets),
-            "trials": [
-                {
-                    "choice": list(item.trial.choice),
-                    "batches": item.trial.batches,
-                    "loss": item.loss if math.isfinite(item.loss) else None,
-                    "spread": item.spread if math.isfinite(item.spread) else None,
-                    "tokens": tokens,
-                }
-                for item, tokens in zip(self.trials, self.tokens, strict=True)
-            ],
-            "best": self.trials.index(self.best),
-            "plan": self.plan.key,
-            "note": self.note,
-            "held_out": None if self.held_out is None else [_figures(item) for item in self.held_out],
-        }
-
-
-def _figures(measurement: Measurement) -> dict[str, Any]:
-    spread = measurement.spread if math.isfinite(measurement.spread) else None
-    return {"loss": measurement.loss, "spread": spread}
-
-
-def history(trials: Sequence[Seen], tokens: Sequence[int]) -> list[tuple[int, float]]:
-    """Return (tokens so far, least loss on all batches so far) each time that the loss fell.
-
-    >>> trials = [Seen(Trial((0,)), 3.0), Seen(Trial((1,), 2), 1.0), Seen(Trial((1,)), 2.0)]
-    >>> history(trials, [64, 8, 64])
-    [(64, 3.0), (136, 2.0)]
-    """
-    found: list[tuple[int, float]] = []
-    used, least = 0, math.inf
-    for item, count in zip(trials, tokens, strict=True):
-        used += count
-        if not item.trial.batches and item.loss < least:
-            least = item.loss
-            found.append((used, least))
-    return found
 
 
 def drive(problem: Problem, searcher: Searcher, measure: Measure, evaluations: int) -> tuple[Seen, ...]:
@@ -265,8 +181,8 @@ class _Runner:
         calibration = self._calibration
         keys = [session.measurement_key(item.plan, level, calibration=calibration) for item in plans]
         lost = session.study.store.get_many("unmeasured", keys)
-        todo = [x for x, key in zip(plans, keys, strict=True) if key not in lost]
-        measured = session.measure(todo, level, phase="", calibration=calibration)
+        unmeasured = [x for x, key in zip(plans, keys, strict=True) if key not in lost]
+        measured = session.measure(unmeasured, level, phase="", calibration=calibration)
         for trial, item, key in zip(trials, plans, keys, strict=True):
             measurement = measured.get(item.plan.key)
             if measurement is None and key not in lost:

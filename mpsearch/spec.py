@@ -18,11 +18,12 @@ from mpsearch.model.source import LIBRARY, Source
 from mpsearch.protection import Rule
 from mpsearch.rules import Rules
 from mpsearch.tasks import Setup
+from mpsearch.toml_text import line_of, read_text, toml_error
 
 DEFAULT_FORMATS = ("int2-g64", "int3-g64", "int4-g64", "int5-g64", "int6-g64", "int7-g64", "int8-g64", "int8-channel")
 # How and where a study is computed does not change its question.
 _NOT_THE_QUESTION = ("storage", "workers", "out")
-_LATER = ("activations", "kv", "protect", "clamp", "rules", "cautious")
+_LATER = ("activations", "kv", "protect", "clamp", "rules", "cautious", "engine", "energy")
 _LISTS = ("formats", "activations", "kv", "budgets")
 
 
@@ -63,6 +64,9 @@ class StudySpec:
         workers: processes that compute.
         out: folder of the report and the plan.
         trust_remote_code: run the model's own code.
+        engine: whose kernels are timed for budgets of time, and how it keeps weights for budgets of memory: a name with
+            settings (``onnxruntime:threads=2``), or ``file:PATH`` of a table that was measured elsewhere.
+        energy: table of picojoules (``format, pj_per_mac, pj_per_byte``) for budgets of energy.
     """
 
     name: str = ""
@@ -95,6 +99,8 @@ class StudySpec:
     workers: int = 1
     out: str = "mpsearch-out"
     trust_remote_code: bool = False
+    engine: str = ""
+    energy: str = ""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "validation_tokens", "length", "batch_size", "workers"):
@@ -158,6 +164,10 @@ class StudySpec:
             text = found.get(name, "")
             if isinstance(text, str) and text and not text.startswith(LIBRARY):
                 found[name] = str((here / Path(text).expanduser()).resolve())
+        for name, prefix in (("engine", "file:"), ("energy", "")):
+            text = str(found.get(name, ""))
+            if text.removeprefix(prefix) and text.startswith(prefix):
+                found[name] = prefix + str((here / Path(text.removeprefix(prefix)).expanduser()).resolve())
         spec = cls.of_values(**found)
         return spec if spec.name else replace(spec, name=Path(spec.model).name)
 
@@ -198,16 +208,16 @@ class StudySpec:
             InputError: missing (E101), broken (E102), a key given twice (E104), or as `of`, with file and line.
         """
         file = Path(path)
-        text = _read(file)
+        text = read_text(file)
         try:
             values = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
-            raise _toml_error(file, str(error)) from error
+            raise toml_error(file, str(error)) from error
         try:
             return cls.of(file.resolve().parent, **{**values, **overrides})
         except InputError as error:
             word = re.search(r"'([^']*)'", error.message)
-            line = _line_of(text, word[1]) if word else 0
+            line = line_of(text, word[1]) if word else 0
             where = error.where or (f"{file}:{line}" if line else str(file))
             raise InputError(
                 error.code, error.message, where=where, because=error.because, advice=error.advice
@@ -227,8 +237,14 @@ class StudySpec:
             self.batch_size,
             self.ties,
             self.trust_remote_code,
-            bool(self.kv),
+            self.counts_caches,
         )
+
+    @property
+    def counts_caches(self) -> bool:
+        """Whether KV caches must be found: they are decided, or a budget counts them."""
+        asked = {budget.resource for budget in parse_budgets(self.budgets)}
+        return bool(self.kv) or not asked.isdisjoint(("memory", "traffic", "energy"))
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as plain values."""
@@ -294,34 +310,3 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
 def _whole(name: str, value: int, least: int) -> None:
     if not least <= value < 2**63:
         raise InputError("E113", f"'{name}': got {value}; expected a whole number from {least} that fits in 64 bits")
-
-
-def _read(file: Path) -> str:
-    if not file.is_file():
-        around = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
-        raise InputError("E101", f"study file '{file}' not found{did_you_mean(file.name, around)}")
-    if file.stat().st_size > 2**20:
-        raise InputError("E102", f"{file}: {file.stat().st_size} bytes; a study file has at most 1 MiB")
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError("E102", f"{file}: not UTF-8 text (byte {error.start})") from error
-
-
-def _toml_error(file: Path, text: str) -> InputError:
-    twice = "overwrite" in text or "twice" in text or "already" in text
-    place = re.search(r"line (\d+), column (\d+)", text)
-    where = f"{file}:{place[1]}:{place[2]}" if place else str(file)
-    if twice:
-        return InputError("E104", f"a key is given twice ({text})", where=where, advice="keep one")
-    return InputError("E102", f"not TOML: {text}", where=where)
-
-
-def _line_of(text: str, word: str) -> int:
-    """Number of the first line that sets or holds a word; 0 when none does."""
-    lines = text.splitlines()
-    for pattern in (rf'^\s*"?{re.escape(word)}"?\s*=', rf"{re.escape(word)}"):
-        for number, line in enumerate(lines, start=1):
-            if word and re.search(pattern, line):
-                return number
-    return 0

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from mpsearch.answer import Answer
 from mpsearch.budget import Budget, parse_budgets
 from mpsearch.errors import InputError
 from mpsearch.front import Measurement, ParetoFront
+from mpsearch.hardware.profile import Profile
+from mpsearch.hardware.traffic import read_energy
 from mpsearch.model.checkpoint import find_folder, folder_digest
 from mpsearch.model.source import source_digest
 from mpsearch.plan import BitPlan
 from mpsearch.planning import Labelled, Planner
 from mpsearch.ports import Store
 from mpsearch.protection import Rule
-from mpsearch.robust import Doubt, doubts
-from mpsearch.rules import Rules
+from mpsearch.robust import Doubt
 from mpsearch.spec import StudySpec
 from mpsearch.tables import CostTable, SensitivityTable
 from mpsearch.tasks import Survey
@@ -81,7 +85,20 @@ class StoredStudy:
         Raises:
             InputError: the study has not come that far (E143).
         """
-        return Survey.from_json(self._only("survey"))
+        return self._survey(Survey.from_json(self._only("survey")))
+
+    def _survey(self, found: Survey) -> Survey:
+        """What was found, with KV caches beside the layers where the study decides none."""
+        return found if self.spec.kv else found.apart()
+
+    @property
+    def profile(self) -> Profile | None:
+        """How long kernels take; None in a study that timed none."""
+        found = self._linked("profile")
+        return Profile.from_json(found[-1][1]) if found else None
+
+    def _energy(self) -> Mapping[str, tuple[float, float]]:
+        return read_energy(Path(self.spec.energy)) if self.spec.energy else {}
 
     @property
     def protected(self) -> dict[str, str]:
@@ -120,41 +137,47 @@ class StoredStudy:
         """The measured front over the bytes of weights."""
         return ParetoFront.of(self.measurements)
 
-    def plan(self, *budgets: str) -> BitPlan:
+    def plan(self, *budgets: str, goal: str = "loss", most_loss: float = math.inf) -> BitPlan:
+        """Solve on the stored scores; neither the model nor torch is loaded (see `answer`)."""
+        return self.answer(*budgets, goal=goal, most_loss=most_loss).plan
+
+    def answer(self, *budgets: str, goal: str = "loss", most_loss: float = math.inf) -> Answer:
         """Solve on the stored scores; neither the model nor torch is loaded.
 
         Args:
-            budgets: budgets to keep; the study's own when none is given.
+            budgets: budgets to keep; the study's own when none is given and the goal is the loss.
+            goal: ``loss``; ``worst`` for the plan whose worst decision is best; or a resource, such as ``weights``:
+                the least of it with a predicted loss of at most ``most_loss``.
+            most_loss: of the goal that is a resource.
 
         Raises:
             InfeasibleError: no plan keeps them (E201, E203).
-            InputError: not budgets (E111, E112), or the study has no scores yet (E143).
+            InputError: not budgets (E111, E112), no such goal (E212), or the study has no scores yet (E143).
         """
-        wanted = parse_budgets(budgets) if budgets else self.budgets
+        own = self.budgets if goal in ("loss", "worst") else ()
+        wanted = parse_budgets(budgets) if budgets else own
         planner = self._planner(wanted)
-        if planner.holds_all(wanted) is not None:
-            return planner.at_16_bits()
-        plan = planner.mixed(self.scores, wanted)
-        self.store.put("plan", plan.key, plan.to_json())
-        return plan
+        if goal == "loss" and planner.holds_all(wanted) is not None:
+            return Answer(planner.at_16_bits())
+        answer = planner.answer(self.scores, wanted, goal, most_loss)
+        self.store.put("plan", answer.plan.key, answer.plan.to_json())
+        return answer
 
     def doubts(self, *budgets: str, by: float = 1.645) -> tuple[Doubt, ...]:
         """List the decisions whose format the errors of the scores leave open (see `mpsearch.doubts`).
 
         Args:
-            budgets: as for `plan`.
+            budgets: as for `answer`.
             by: standard errors that a lead must have not to be listed.
         """
-        wanted = parse_budgets(budgets) if budgets else self.budgets
-        planner = self._planner(wanted)
-        problem, solution = planner.solve(self.scores, wanted)
-        rules = Rules.of(self.spec.rules)
-        return doubts(problem, solution, planner.settled(self.scores).spread, rules=rules, by=by)
+        return self.answer(*budgets).doubts(by)
 
     def _planner(self, wanted: Sequence[Budget]) -> Planner:
         survey = self.survey
         model = dict(self._model_of_plans() or self._model_entry(survey))
-        return Planner(self.spec, survey.layers, model, tuple(wanted), self.protected)
+        return Planner(
+            self.spec, survey.layers, model, tuple(wanted), self.protected, survey.caches, self.profile, self._energy()
+        )
 
     def _model_of_plans(self) -> Mapping[str, str] | None:
         plans = self.plans

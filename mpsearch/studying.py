@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mpsearch import registry
+from mpsearch import registry, rivals
+from mpsearch.budget import TIMED
 from mpsearch.errors import InputError, Notice
 from mpsearch.formats.kv_cache import KvCache, check_length
 from mpsearch.front import ParetoFront
@@ -17,6 +18,7 @@ from mpsearch.machine import fingerprint
 from mpsearch.notices import layer_notices, order_notices, score_notices
 from mpsearch.planning import Labelled, Planner
 from mpsearch.ports import Executor, Searcher, Store
+from mpsearch.profiled import study_profile
 from mpsearch.protection import Rule
 from mpsearch.scoring import check_covers
 from mpsearch.session import Session
@@ -25,8 +27,8 @@ from mpsearch.stored_study import StoredStudy
 from mpsearch.tasks import RatioTask, Survey, SurveyTask
 
 if TYPE_CHECKING:
-    from mpsearch.searching import Searched
     from mpsearch.standings import Tournament
+    from mpsearch.trials import Searched
 
 Report = Callable[[str, int, int], None]
 #: Raised with every change of what is found in a model: it is part of the survey's key.
@@ -142,10 +144,14 @@ class Study(StoredStudy):
             self._check_origin()
         with registry.make("executors", "local", workers=1 if self._work else self.spec.workers) as executor:
             key, survey = self._find(executor)
+            survey = self._survey(survey)
             rule = Rule.parse(self.spec.protect) if self.spec.protect else None
             ratios_key, ratios = self._ratios(executor, rule, key) if rule else ("", {})
             protected = rule.pins(survey.layers, ratios) if rule else {}
-            planner = Planner(self.spec, survey.layers, self._model_entry(survey), protected=protected)
+            planner = Planner(
+                self.spec, survey.layers, self._model_entry(survey), protected=protected, caches=survey.caches,
+                energy=self._energy(),
+            )  # fmt: skip
             if rule:
                 kept = {name: fmt for name, fmt in protected.items() if planner.pins[name] == fmt}
                 self.notices.append(rule.notice(survey.layers, ratios, kept))
@@ -153,12 +159,20 @@ class Study(StoredStudy):
                 check_covers(estimator, planner.formats)
             if self._work is None:
                 check_length([fmt for fmt in planner.formats if isinstance(fmt, KvCache)], self.spec.length)
+            planner.check([budget for budget in self.budgets if budget.resource not in TIMED])
+            folder = None if self._work else self.spec.model
+            profile, doubts = study_profile(planner, self.store, self.report, folder, self.identity["model"])
+            self.notices += doubts
+            planner = replace(planner, profile=profile)
             planner.check(self.budgets)
             # A question that cannot be answered takes no name: it can be put right and asked again.
             self.store.create_study(self.name, self.spec.question())
             self.store.link(self.name, "survey", key)
             if rule:
                 self.store.link(self.name, "ratios", ratios_key)
+            if profile is not None:
+                self.store.put("profile", profile.key, profile.to_json())
+                self.store.link(self.name, "profile", profile.key)
             origin = self._origin()
             self.store.put("origin", content_key(origin), origin)
             self.store.link(self.name, "origin", content_key(origin))
@@ -205,6 +219,8 @@ class Study(StoredStudy):
         for position, table in enumerate(planner.costs):
             self.store.put("cost", table.key, table.to_json())
             self.store.link(self.name, "cost", table.key, table.resource, position)
+        kernelless = planner.without_kernel.items()
+        self.notices += [Notice("W131", f"{fmt} is not offered: {reason}") for fmt, reason in kernelless]
         everything = planner.holds_all(self.budgets)
         if everything is not None:
             self.notices.append(everything)
@@ -222,16 +238,16 @@ class Study(StoredStudy):
             more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
             self.notices.append(Notice("W518", f"without a score, kept in the largest format: {names}{more}"))
         chosen = Labelled("mixed", planner.mixed(scores, self.budgets))
-        plans = [chosen, *planner.sweep(scores, self.budgets, self.spec.points)]
-        plans += [Labelled(x.label, planner.predict(scores, x.plan)) for x in planner.uniform()]
-        plans += planner.random(scores, self.budgets, self.spec.random)
+        plans = [chosen, *rivals.sweep(planner, scores, self.budgets, self.spec.points)]
+        plans += [Labelled(x.label, planner.predict(scores, x.plan)) for x in rivals.uniform(planner)]
+        plans += rivals.random(planner, scores, self.budgets, self.spec.random)
         return self._measure(session, plans)
 
     def _find(self, executor: Executor) -> tuple[str, Survey]:
         """Return what is in the model and the text, and its key."""
         spec = self.spec.to_json()
         cut = {name: spec[name] for name in ("tokens", "validation_tokens", "length", "batch_size", "ties")}
-        cut |= {"find": FIND_VERSION, "caches": bool(self.spec.kv)}
+        cut |= {"find": FIND_VERSION, "caches": self.spec.counts_caches}
         key = content_key([self.identity, cut, fingerprint()])
         known = self.store.get("survey", key)
         if known is None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mpsearch.errors import Notice
-from mpsearch.layer import Layers
+from mpsearch.layer import Layer, Layers
 from mpsearch.model.source import Source
 
 
@@ -51,12 +51,22 @@ class Survey:
         batches: number of calibration batches.
         architecture: class name of the model.
         notices: what the user should know about model and data.
+        caches: KV caches that nothing is decided of; they take memory all the same.
     """
 
     layers: Layers
     batches: int
     architecture: str
     notices: tuple[Notice, ...] = ()
+    caches: tuple[Layer, ...] = ()
+
+    def apart(self) -> Survey:
+        """The same with its KV caches beside the layers: none of them is decided."""
+        caches = tuple(layer for layer in self.layers if layer.kind == "kv_cache")
+        if not caches:
+            return self
+        weights = tuple(layer for layer in self.layers if layer.kind != "kv_cache")
+        return replace(self, layers=replace(self.layers, items=weights), caches=caches)
 
     def to_json(self) -> dict[str, Any]:
         return {

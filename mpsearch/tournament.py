@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mpsearch import registry
+from mpsearch import registry, rivals
 from mpsearch.budget import Budget
 from mpsearch.errors import InfeasibleError, InputError
 from mpsearch.front import Measurement
@@ -86,7 +86,7 @@ def _draw(session: Session, budgets: Sequence[Budget], each: int, sizes: int) ->
         wanted = (Budget("weights", Fraction(limit), "B"), *others)
         # Small menus leave few different plans, and the same one twice says nothing new.
         distinct: dict[str, Labelled] = {}
-        for item in planner.random(blank, wanted, 4 * each):
+        for item in rivals.random(planner, blank, wanted, 4 * each):
             distinct.setdefault(item.plan.assignment, item)
             if len(distinct) == each:
                 break

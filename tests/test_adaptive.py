@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import mpsearch as mp
-from mpsearch import registry
+from mpsearch import registry, rivals
 from mpsearch.adaptive import Adaptive, Builder, Sampled, Scorer
 from mpsearch.notices import order_notices
 from mpsearch.planning import Planner
@@ -364,7 +364,7 @@ def test_a_study_says_so_and_clamps_when_asked() -> None:
     assert "clamp = true" in notice.message
     assert "are taken" in order_notices(scores, plain.sizes, clamp=True)[0].message
     assert order_notices(scores.clamped(plain.sizes), plain.sizes) == []
-    uniform = next(x.plan for x in plain.uniform() if "int3" in x.label)
+    uniform = next(x.plan for x in rivals.uniform(plain) if "int3" in x.label)
     predicted = [planner.predict(scores, uniform).predicted for planner in (plain, clamping)]
     assert [x.loss for x in predicted if x is not None] == [12.0, 8.0]
 

@@ -85,6 +85,16 @@ def test_solve_prints_and_writes_a_plan(here: Path, capsys: pytest.CaptureFixtur
     assert BitPlan.from_json(json.loads(capsys.readouterr().out)) == plan
 
 
+def test_solve_finds_the_smallest_plan_within_a_loss(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["solve", "small-llama", "--goal", "weights", "--most-loss", "0.8", "--json"]) == 0
+    plan = BitPlan.from_json(json.loads(capsys.readouterr().out))
+    assert plan.source["goal"] == {"least": "weights", "most_loss": 0.8}
+    assert plan.predicted.loss is not None
+    assert 0 < plan.predicted.loss <= 0.8
+    assert run(["solve", "small-llama", "--goal", "weights", "--most-loss", "1e-30"]) == 4
+    assert "allow more loss" in capsys.readouterr().err
+
+
 def test_solve_says_what_a_budget_is_worth_and_what_is_in_doubt(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

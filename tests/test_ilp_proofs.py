@@ -20,6 +20,7 @@ from mpsearch.solvers import _milp
 from mpsearch.solvers._marks import reduce, settle
 from mpsearch.solvers._order import arrange
 from mpsearch.solvers.ilp import Ilp
+from mpsearch.solving import solve_problem
 from mpsearch.structure import Alignment, PairTerms
 from mpsearch.testing.solvers import SolverSuite
 
@@ -128,6 +129,24 @@ def test_five_thousand_instances_equal_brute_force(chunk: int) -> None:
             assert more.status == "optimal", seed
             assert more.loss <= solution.loss, seed
     assert min(seen["optimal"] / 3, seen["infeasible"], seen["programmes"]) >= 20, seen
+
+
+@pytest.mark.parametrize("chunk", range(5))
+def test_five_thousand_instances_through_the_door_equal_brute_force(chunk: int) -> None:
+    seen: Counter[str] = Counter()
+    for seed in range(1000 * chunk, 1000 * (chunk + 1)):
+        problem = instance(seed)
+        best, solution = best_of_all(problem), solve_problem(problem)
+        seen[solution.status] += 1
+        assert solution.solver == "mckp", seed
+        assert solution.bound <= best, seed
+        if math.isinf(best):
+            assert solution.status == "infeasible", seed
+            continue
+        assert solution.status == "optimal", seed
+        assert best <= solution.loss <= best + 1e-9 * abs(best), seed
+        assert problem.fits(solution.choice), seed
+    assert min(seen.values()) >= 100, seen
 
 
 @pytest.mark.parametrize("chunk", range(4))

@@ -490,13 +490,13 @@ def test_a_budget_of_caches_reads_as_it_prints(text: str, printed: str, settings
         ("kv <= 2 MiB", "E111", "does not say at what context"),
         ("kv <= 2 MiB at context 0", "E111", "'at context 0' is not a condition"),
         ("kv <= 2 MiB at context 8, batch 0", "E111", "is not a condition"),
-        ("kv <= 2 MiB at batch 4", "E111", "is not a condition"),
+        ("kv <= 2 MiB at batch 4", "E111", "does not say at what context"),
         ("kv <= 2 MiB at context -4", "E111", "is not a condition"),
         ("kv <= 2 MiB at context", "E111", "is not a condition"),
         ("kv <= 2 bits at context 8", "E112", "unit 'bits' does not fit 'kv'"),
         ("kv <= 0 MiB at context 8", "E111", "more than 0"),
-        ("weights <= 2 MiB at context 8", "E111", "only budgets of kv have a condition"),
-        ("bops <= 60 % at context 8", "E111", "only budgets of kv have a condition"),
+        ("weights <= 2 MiB at context 8", "E111", "has no condition"),
+        ("bops <= 60 % at context 8", "E111", "has no condition"),
     ],
 )
 def test_what_is_no_budget_is_refused_with_the_reason(text: str, code: str, says: str) -> None:

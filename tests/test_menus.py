@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import mpsearch as mp
-from mpsearch import registry
+from mpsearch import registry, rivals
 from mpsearch.api import Found
 from mpsearch.errors import InfeasibleError, InputError
 from mpsearch.format import Format
@@ -146,14 +146,14 @@ def test_a_budget_of_caches_that_are_not_decided_says_so() -> None:
     asked = spec(kv=[], budgets=["kv <= 1 MiB at context 8"])
     made = Planner(asked, Layers((Layer("fc", "linear", (64, 64)),)), {})
     with pytest.raises(InputError) as found:
-        made.check(made._asked)
+        made.check(made.asked)
     assert found.value.code == "E420"
     assert "kv = [" in found.value.advice
 
 
 def test_uniform_plans_keep_budgets_of_caches_and_bops() -> None:
     kv = f"kv <= {2 * 8 * 2 * (16 + 2)} B at context 8"  # as much as 8 bits per number take
-    found = {x.label: x.plan for x in planner(budgets=["weights <= 9 bits", kv]).uniform()}
+    found = {x.label: x.plan for x in rivals.uniform(planner(budgets=["weights <= 9 bits", kv]))}
     assert list(found) == [
         f"uniform {weight}@{activation} kv-int8-token"
         for weight in ("int4-g16", "int8-channel")
@@ -165,14 +165,14 @@ def test_uniform_plans_keep_budgets_of_caches_and_bops() -> None:
         assert {str(plan.formats[name]) for name in ("k_cache", "v_cache")} == {"kv-int8-token"}
         assert plan.cost["kv at context 8"] <= 2 * 8 * 2 * 18
     # 8-bit weights with 8-bit activations are a quarter of the operations of 16 and 16.
-    few = planner(budgets=["bops <= 15 %"]).uniform()
+    few = rivals.uniform(planner(budgets=["bops <= 15 %"]))
     assert [x.label.split()[1] for x in few] == [
         "int4-g16@int8-token", "int4-g16@int4-token", "int8-channel@int4-token",
     ]  # fmt: skip
 
 
 def test_uniform_plans_keep_pins() -> None:
-    for item in planner(pins={"v_cache": "kv-int2-token", "conv": "bf16"}).uniform():
+    for item in rivals.uniform(planner(pins={"v_cache": "kv-int2-token", "conv": "bf16"})):
         assert str(item.plan.formats["v_cache"]) == "kv-int2-token"
         assert str(item.plan.formats["k_cache"]) == "kv-fp16"
         assert str(item.plan.formats["conv"]) == "bf16"

@@ -145,7 +145,7 @@ def test_amounts_that_are_none_are_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("wieghts <= 4 bits", "'weights'"), ("weights <= 4 bit", "'bits'"), ("tpot <= 4 ms", "tpot")]
+    ("text", "words"), [("wieghts <= 4 bits", "'weights'"), ("weights <= 4 bit", "'bits'"), ("flops <= 4 ms", "flops")]
 )
 def test_unknown_resources_and_units_are_refused(text: str, words: str) -> None:
     with pytest.raises(mp.InputError) as found:

@@ -14,7 +14,6 @@ import numpy as np
 import pulp
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from mpsearch import registry
@@ -29,6 +28,7 @@ from mpsearch.solvers.greedy import Greedy, climb
 from mpsearch.solvers.ilp import Ilp
 from mpsearch.solvers.lagrangian import Lagrangian, lagrangian_bound, maximise
 from mpsearch.testing.solvers import SolverSuite, brute_force, random_problem
+from tests.problems import nasty_problems
 
 DATA = Path(__file__).parent / "data"
 #: Names that were run by the suite; the last test of this file compares them with the registry.
@@ -495,26 +495,6 @@ def test_counts_are_exact_or_rounded_to_the_safe_side() -> None:
     # Bytes: the common divisor is taken out, and the limit rounded down.
     assert (reduced.unit[1], reduced.slack[1]) == (512.0, 2)
     assert (reduced.use[1] == reduced.low[1]).all()
-
-
-NASTY = [0.0, -0.0, 5e-324, 1e-310, 1e-300, 0.1, 0.2, 0.3, 0.1 + 0.2, 1.0, 1.0 + 2.0**-52, -1.0, 7.0, 2.0**53, 1e300]
-
-
-@st.composite
-def nasty_problems(draw: st.DrawFn) -> Problem:
-    rows, formats, budgets = draw(st.integers(0, 4)), draw(st.integers(1, 3)), draw(st.integers(0, 2))
-    loss = st.sampled_from([*NASTY, -1e300, -1e-300, math.nan, math.inf]) | st.floats(-10.0, 10.0)
-    cost = st.sampled_from([*NASTY, -1e300]) | st.integers(0, 9).map(float)
-    cells = rows * formats
-    losses = np.array(draw(st.lists(loss, min_size=cells, max_size=cells))).reshape(rows, formats)
-    costs = np.array(draw(st.lists(cost, min_size=budgets * cells, max_size=budgets * cells)))
-    costs = costs.reshape(budgets, rows, formats)
-    limits = []
-    for table in costs:
-        columns = draw(st.lists(st.integers(0, formats - 1), min_size=rows, max_size=rows))
-        met = math.fsum(table[np.arange(rows), columns].tolist())
-        limits.append(draw(st.sampled_from([met, math.nextafter(met, -math.inf), math.inf]) | cost))
-    return Problem(losses, costs, np.array(limits, dtype=float))
 
 
 def slow_brute_force(problem: Problem) -> float:

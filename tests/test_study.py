@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import mpsearch as mp
-from mpsearch import registry
+from mpsearch import registry, rivals
 from mpsearch.spec import StudySpec
 from mpsearch.studying import Study
 from tests.conftest import study_settings
@@ -144,15 +144,15 @@ def test_no_plan_of_a_study_breaks_its_rules(finished: Study) -> None:
         return study._planner(study.budgets)
 
     ruled = planner(rules={"at_most": {"int2-g64": 1}})
-    random = [item.plan for item in ruled.random(finished.scores, ruled._asked, 5)]
+    random = [item.plan for item in rivals.random(ruled, finished.scores, ruled.asked, 5)]
     assert random
     for plan in random:
         taken = [str(plan.formats[row.layers[0].name]) for row in plan.layers.decisions]
         assert taken.count("int2-g64") <= 1
-    labels = {item.label for item in ruled.uniform()}
+    labels = {item.label for item in rivals.uniform(ruled)}
     assert "uniform int2-g64" not in labels
     assert "uniform int4-g64" in labels
-    assert "uniform int2-g64" in {item.label for item in planner().uniform()}
+    assert "uniform int2-g64" in {item.label for item in rivals.uniform(planner())}
     large = replace(finished.budgets[0], amount=finished.budgets[0].amount * 8)
     assert planner().holds_all([large]) is not None
     assert ruled.holds_all([large]) is None
@@ -183,6 +183,54 @@ def test_doubts_name_decisions_of_the_study(finished: Study) -> None:
         row = next(row for row in plan.layers.decisions if row.name == doubt.row)
         assert str(plan.formats[row.layers[0].name]) == doubt.chosen != doubt.other
     assert len(finished.doubts("weights <= 3 bits", by=1e-9)) <= len(found)
+
+
+def test_the_smallest_plan_within_a_loss_mirrors_the_least_loss_within_a_size(finished: Study) -> None:
+    within = finished.plan("weights <= 3 bits")
+    assert within.predicted.loss is not None
+    smallest = finished.plan(goal="weights", most_loss=within.predicted.loss * (1 + 1e-12))
+    assert smallest.bytes <= within.bytes
+    assert smallest.predicted.loss == pytest.approx(within.predicted.loss, rel=1e-9)  # less would be no optimum above
+    assert smallest.source["goal"] == {"least": "weights", "most_loss": within.predicted.loss * (1 + 1e-12)}
+    looser = finished.plan(goal="weights", most_loss=within.predicted.loss * 2)
+    assert looser.bytes < smallest.bytes
+    assert looser.predicted.loss is not None
+    assert looser.predicted.loss <= within.predicted.loss * 2
+
+
+def test_another_goal_keeps_the_budgets_that_are_given_with_it(finished: Study) -> None:
+    within = finished.plan("weights <= 3 bits")
+    assert within.predicted.loss is not None
+    most = within.predicted.loss * 1.5
+    free = finished.plan(goal="bops", most_loss=most)
+    assert free.cost["bops"] <= within.cost["bops"]
+    smallest = finished.plan(goal="weights", most_loss=most).bytes
+    kept = finished.plan(f"weights <= {smallest} B", goal="bops", most_loss=most)
+    assert kept.bytes == smallest <= free.bytes
+    assert kept.cost["bops"] >= free.cost["bops"]
+
+
+def test_the_worst_decision_can_be_the_goal(finished: Study) -> None:
+    table = finished.scores
+
+    def worst(plan: mp.BitPlan) -> float:
+        rows = enumerate(plan.layers.decisions)
+        return max(table.value[i, table.formats.index(str(plan.formats[row.layers[0].name]))] for i, row in rows)
+
+    least, fair = finished.plan("weights <= 3 bits"), finished.plan("weights <= 3 bits", goal="worst")
+    assert fair.bits <= 3
+    assert worst(fair) <= worst(least)
+
+
+def test_a_loss_that_no_plan_reaches_is_refused_with_the_best_that_is(finished: Study) -> None:
+    with pytest.raises(mp.InfeasibleError, match="predicted to lose at most 1e-30") as caught:
+        finished.plan(goal="weights", most_loss=1e-30)
+    assert caught.value.code == "E203"
+    assert "the best within the budgets is predicted to lose" in caught.value.because
+    with pytest.raises(mp.InputError, match=r"no goal 'weigths'.*weights"):
+        finished.plan(goal="weigths", most_loss=1.0)
+    with pytest.raises(mp.InputError, match="needs the most loss"):
+        finished.plan(goal="weights")
 
 
 def test_budgets_that_clash_say_what_each_could_be(small_llama: Path, tmp_path: Path) -> None:
@@ -502,7 +550,7 @@ def test_what_is_within_the_noise_does_not_draw_bits_away() -> None:
     plan = Planner(spec, layers, {}).mixed(scores, [mp.Budget.parse("weights <= 15 bits")])
     assert {str(f) for f in plan.formats.values()} == {"int8-channel"}
     assert plan.predicted.spread == pytest.approx(1.3 * 0.02)
-    uniform = next(x for x in Planner(spec, layers, {}).uniform() if x.label == "uniform int8-channel")
+    uniform = next(x for x in rivals.uniform(Planner(spec, layers, {})) if x.label == "uniform int8-channel")
     assert Planner(spec, layers, {}).predict(scores, uniform.plan).loss == pytest.approx(plan.loss)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 
 import typer
 
 from mpsearch import __version__
-from mpsearch.cli import compute, estimators, formats, options, search, solvers, stored
+from mpsearch.cli import compute, estimators, formats, options, profile, search, solvers, stored
 from mpsearch.errors import MpsearchError
 
 app = typer.Typer(
@@ -29,6 +30,8 @@ for command in (
     formats.formats,
     estimators.estimators,
     solvers.solvers,
+    profile.targets,
+    profile.profile,
     search.search,
     compute.demo,
 ):
@@ -59,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
+    # What libraries say of parts of theirs that are for other machines.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app(args=None if arguments is None else list(arguments))
     except MpsearchError as error:

@@ -15,7 +15,7 @@ from mpsearch.cli.own_tables import read_settings
 from mpsearch.errors import InputError
 
 if TYPE_CHECKING:
-    from mpsearch.searching import Searched
+    from mpsearch.trials import Searched
 
 
 def search(

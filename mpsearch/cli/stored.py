@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +25,7 @@ def solve(
     solver: Annotated[str, typer.Option(help="For a table: name of the solver.")] = "auto",
     setting: Annotated[list[str] | None, typer.Option("--set", help="Setting of the solver, NAME=VALUE.")] = None,
     rules: Annotated[Path | None, typer.Option(help="For a table: pins, ties, counts … (.toml).")] = None,
-    goal: Annotated[str, typer.Option(help="For a table: loss, worst, or a resource to spend least of.")] = "loss",
+    goal: Annotated[str, typer.Option(help="loss, worst, or a resource to spend least of, such as weights.")] = "loss",
     most_loss: Annotated[float | None, typer.Option(help="With a resource as the goal: the most loss.")] = None,
     cautious: Annotated[float, typer.Option(help="For a table with spreads: standard errors to allow for.")] = 0.0,
     errors: Annotated[str, typer.Option(help="With --cautious: shared or independent.")] = "shared",
@@ -32,6 +33,8 @@ def solve(
     """Solve for other budgets on stored scores, or on a table of your own; the model is not loaded.
 
     mpsearch solve tiny-llama --budget 'weights <= 3.5 bits'
+
+    mpsearch solve tiny-llama --goal weights --most-loss 0.02
 
     mpsearch solve --table scores.csv --costs bytes.csv --budget 'bytes <= 40 %'
     """
@@ -47,17 +50,15 @@ def solve(
         return
     if not name:
         raise UsageError("E115", "nothing to solve", advice="name a study, or give --table scores.csv")
-    if costs or setting or rules or most_loss is not None or cautious or (solver, goal) != ("auto", "loss"):
-        raise UsageError(
-            "E115", "--costs, --solver, --set, --rules, --goal, --most-loss and --cautious are for --table"
-        )
-    from mpsearch.cli.lines import doubt_lines, price_lines
+    if costs or setting or rules or cautious or solver != "auto":
+        raise UsageError("E115", "--costs, --solver, --set, --rules and --cautious are for --table")
+    from mpsearch.cli.lines import cost_lines, doubt_lines, price_lines
     from mpsearch.cli.show import console, plan_table
 
     study = open_study(name, storage)
     try:
-        plan = study.plan(*(budget or []))
-        doubtful = () if plan.source.get("uniform") else study.doubts(*(budget or []))
+        answer = study.answer(*(budget or []), goal=goal, most_loss=math.inf if most_loss is None else most_loss)
+        plan = answer.plan
     finally:
         study.store.close()
     if out is not None:
@@ -74,7 +75,8 @@ def solve(
     if predicted.gap is not None:
         proven = "0 (proven least)" if predicted.gap <= 1e-9 else f"{100 * predicted.gap:.3g} % of the loss"
         sys.stdout.write(f"gap         {proven}, bound {predicted.bound:.5g}\n")
-    for line in [*price_lines(plan), *doubt_lines(doubtful, len(plan.layers.decisions))]:
+    doubtful = doubt_lines(answer.doubts(), len(plan.layers.decisions))
+    for line in [*cost_lines(plan, answer.costs), *price_lines(plan), *doubtful]:
         sys.stdout.write(f"{line}\n")
     if out is not None:
         sys.stdout.write(f"plan        {out}\n")

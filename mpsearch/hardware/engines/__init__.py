@@ -1,0 +1,1 @@
+"""Engines: whose kernels are timed."""

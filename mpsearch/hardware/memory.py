@@ -1,0 +1,106 @@
+"""What serving a model takes of memory: weights, KV caches, everything else, in one budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpsearch.format import Format
+from mpsearch.hardware.calls import offered
+from mpsearch.hardware.in_memory import activation_bytes, cache_bytes, weight_bytes
+from mpsearch.hardware.kernel import Engine
+from mpsearch.hardware.profile import Profile
+from mpsearch.layer import Decision, Layer, Layers, decisions
+from mpsearch.tables import CostTable
+from mpsearch.workload import Step, parse_mix
+
+#: Engines take long prompts in chunks of so many tokens.
+CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of weights and KV caches of a batch of sequences, and of what a pass needs beside them.
+
+    Weights and caches count as the engine keeps them; without an engine as in our own files. What is left out of the
+    search is fixed. So are activations: measured, where the profile holds a whole model's run of one token at that
+    context and batch; else modelled for a chunk of the prompt (`CHUNK` tokens of each sequence).
+
+    Attributes:
+        condition: such as ``at context 8192, batch 4``.
+        profile: names the engine, and may hold runs of whole models; none for our own files.
+        caches: KV caches that nothing is decided of.
+
+    >>> layers = [Layer("fc", "linear", (64, 64)), Layer("attn.k_cache", "kv_cache", (2, 16))]
+    >>> table = Memory("at context 100").cost(layers, [Format.parse("int8-channel"), Format.parse("kv-bf16")])
+    >>> table.value.tolist()
+    [[4224.0, nan], [nan, 6400.0]]
+    """
+
+    condition: str
+    profile: Profile | None = None
+    caches: tuple[Layer, ...] = ()
+
+    def cost(self, layers: Sequence[Layer], formats: Sequence[Format]) -> CostTable:
+        ((_, values),) = parse_mix("memory", self.condition)
+        context, batch = values["context"], values["batch"]
+        engine = self.profile.made if self.profile else None
+        rows = decisions(layers)
+
+        def cell(row: Decision, fmt: Format) -> float:
+            caches = sum(cache_bytes(layer, fmt, context, batch, engine) for layer in row.layers)
+            return float(caches + sum(weight_bytes(layer, fmt, engine) for layer in row.layers))
+
+        value = offered(rows, formats, engine, cell)
+        kept = _kept(layers, engine)
+        plain = Format.parse("kv-bf16")
+        caches = sum(cache_bytes(layer, plain, context, batch, engine) for layer in self.caches)
+        activations, origin = self._activations(layers, context, batch, engine)
+        fixed = float(kept + caches + activations)
+        return CostTable(
+            tuple(row.name for row in rows),
+            tuple(map(str, formats)),
+            value,
+            np.where(np.isnan(value), np.nan, 0.0),
+            unit="bytes",
+            resource=f"memory {self.condition}",
+            kind="modelled" if origin == "modelled" else "measured",
+            fixed=fixed,
+            reference=fixed + _at_16_bits(layers, context, batch, engine),
+            source={
+                "target": f"memory:{engine.name if engine else 'native'}",
+                "kept": kept,
+                "caches": caches,
+                "activations": activations,
+                "activations are": origin,
+            },
+        )
+
+    def _activations(self, layers: Sequence[Layer], context: int, batch: int, engine: Engine | None) -> tuple[int, str]:
+        """Bytes beside weights and caches, and whether they are measured or modelled."""
+        step = Step(1, context, batch)
+        peak = self.profile.peak(step) if self.profile else None
+        if peak is None or engine is None:
+            bits = 16 if engine is None else engine.cache_bits
+            return activation_bytes(list(layers), batch * min(CHUNK, context), batch, bits), "modelled"
+        plain = Format.parse("kv-bf16")
+        caches = sum(cache_bytes(layer, plain, context, batch, engine) for layer in (*layers, *self.caches))
+        return max(0, peak - caches), "measured"
+
+
+def _kept(layers: Sequence[Layer], engine: Engine | None) -> int:
+    """Bytes of what is left out of the search."""
+    if not isinstance(layers, Layers):
+        return 0
+    if engine is None:
+        return layers.excluded_bytes
+    return sum(kept.weights for kept in layers.excluded) * engine.cache_bits // 8
+
+
+def _at_16_bits(layers: Sequence[Layer], context: int, batch: int, engine: Engine | None) -> int:
+    bits = 16 if engine is None else engine.cache_bits
+    weights = sum(layer.weights for layer in layers) * bits // 8
+    caches = (layer for layer in layers if layer.kind == "kv_cache")
+    return weights + sum(cache_bytes(layer, Format.parse("kv-bf16"), context, batch, engine) for layer in caches)

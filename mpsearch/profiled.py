@@ -1,0 +1,102 @@
+"""The profile of a study: its engine's kernels timed for the passes that its budgets name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpsearch import registry
+from mpsearch.budget import TIMED
+from mpsearch.errors import InputError, Notice
+from mpsearch.format import Format
+from mpsearch.hardware.latency_table import read_profile
+from mpsearch.hardware.profile import Profile
+from mpsearch.hardware.profiling import Timekeeper, check_offers, parse_engine
+from mpsearch.wholes import Runner, corrected
+from mpsearch.workload import Step, Workload
+
+if TYPE_CHECKING:
+    from mpsearch.planning import Planner
+    from mpsearch.ports import Store
+
+#: Whose kernels are timed when budgets of time name no engine.
+DEFAULT_ENGINE = "onnxruntime"
+#: Plans that are run whole in each pass, unless ``wholes=…`` of the engine says otherwise.
+WHOLES = 5
+_FILE = "file:"
+
+
+def timed_steps(planner: Planner) -> tuple[Step, ...]:
+    """The passes that a planner's budgets of time are made of."""
+    budgets = [b for b in (*planner.asked, *planner.budgets) if b.resource in TIMED]
+    steps = [step for b in budgets for _, step in Workload.parse(b.resource, b.condition).steps]
+    return tuple(dict.fromkeys(steps))
+
+
+def study_profile(
+    planner: Planner, store: Store, report: Callable[[str, int, int], None], model: Any = None, identity: str = ""
+) -> tuple[Profile | None, tuple[Notice, ...]]:
+    """Time what the study's budgets need; times that the store holds already are not taken again.
+
+    Args:
+        planner: of the study.
+        store: where times are kept.
+        report: called with (phase, done, total).
+        model: folder of the model, for runs of the whole; none for a model that only this process has.
+        identity: digest of the model.
+
+    Returns:
+        The profile, none when nothing is timed and no engine is named, and what to know about it.
+
+    Raises:
+        InputError: an engine that is not installed (E432), a table that cannot be read (E101, E433) or lacks layers
+            (E434), a layer without any kernel (E431), too many threads (E435).
+    """
+    steps = timed_steps(planner)
+    text = planner.spec.engine or (DEFAULT_ENGINE if steps else "")
+    if not text:
+        return None, ()
+    formats = tuple(dict.fromkeys([*planner.formats, Format.parse("bf16")]))
+    if text.startswith(_FILE):
+        profile = read_profile(Path(text.removeprefix(_FILE)))
+        check_offers(planner.layers, planner.formats, profile.made)
+        return profile, (_of_another(profile),)
+    name, settings = parse_engine(text)
+    threads = _count(text, "threads", settings.pop("threads", 1), 1)
+    count = _count(text, "wholes", settings.pop("wholes", WHOLES if name in registry.names("wholes") else 0), 0)
+
+    keeper = Timekeeper(
+        threads=threads,
+        known=lambda key: store.get("kernel_time", key),
+        keep=lambda key, body: store.put("kernel_time", key, body),
+        report=lambda done, total: report("profile", done, total),
+    )
+    profile, notices = keeper.profile(name, settings, planner.layers, formats, steps)
+    if model is None or profile.origin == "modelled":
+        return profile, notices
+    runner = Runner(
+        model,
+        identity,
+        threads,
+        known=lambda key: store.get("whole_time", key),
+        keep=lambda key, body: store.put("whole_time", key, body),
+        report=lambda done, total: report("whole", done, total),
+    )
+    profile, more = corrected(runner, profile, planner.layers, planner.formats, steps, count)
+    return profile, (*notices, *more)
+
+
+def _count(text: str, name: str, value: Any, least: int) -> int:
+    if not isinstance(value, (int, float)) or value != int(value) or value < least:
+        raise InputError("E113", f"engine '{text}': {name} is {value}", advice=f"give a whole number from {least}")
+    return int(value)
+
+
+def _of_another(profile: Profile) -> Notice:
+    machine = profile.identity.get("processor") or profile.identity.get("table", "a table")
+    gpu = profile.identity.get("gpu", "none")
+    where = machine if gpu == "none" else gpu
+    return Notice(
+        "W434", f"latency is that of the table that was named: {profile.engine}, {where}; not of this machine"
+    )
