@@ -50,7 +50,8 @@ def choose(problem: Problem) -> Chosen:
         return Chosen("quadratic", {}, f"{len(problem.pairs):,} pairs of cells have losses of their own")
     if problem.aligned:
         return Chosen("ilp", {}, "counts must be multiples, which asks for whole numbers beside the cells")
-    what = f"{len(problem.loss):,} rows, {int(np.isfinite(problem.limit).sum())} budgets"
+    budgets = int(np.isfinite(problem.limit).sum())
+    what = f"{len(problem.loss):,} rows, {budgets} budget{'' if budgets == 1 else 's'}"
     if len(problem.loss) >= _MANY_ROWS:
         return Chosen(
             "mckp", {"gap": _SMALL_GAP, "time_limit": _PATIENCE}, f"{what}: to a proven gap of {_SMALL_GAP:g}"

@@ -249,7 +249,7 @@ def test_the_choice_of_a_solver_is_explained() -> None:
     problem = some_problem(0)
     solution = mp.solve(problem.loss, problem.cost, problem.limit)
     assert solution.solver == choose(problem).name
-    assert "5 rows, 1 budgets" in solution.stats["why"]
+    assert "5 rows, 1 budget:" in solution.stats["why"]
     counted = mp.solve(problem.loss, problem.cost, problem.limit, rules=Rules(aligned=[Aligned([0, 1], [2], 2)]))
     assert (counted.solver, counted.stats["why"][:6]) == ("ilp", "counts")
     many = Problem(np.ones((30_000, 2)), np.ones((1, 30_000, 2)), np.full(1, 1e9))

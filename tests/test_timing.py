@@ -304,6 +304,9 @@ def test_corrections_are_exact_where_they_can_be() -> None:
     assert line.residual == pytest.approx(0.0, abs=1e-12)
     flat = Correction.fit(runs((1.0, 1.4), (1.0, 1.6)))
     assert flat.slope == 1.0
+    steep = Correction.fit(runs((1.0, 1.0), (2.0, 3.0), (3.0, 5.0)))
+    assert steep.intercept == 0.0  # nothing takes less than no time
+    assert 1.0 < steep.slope < 5.0 / 3.0
     noise = Correction.fit(runs((1.0, 2.0), (2.0, 1.0)))
     assert noise.slope == 1.0  # a longer sum that ran faster is noise, not a law
 

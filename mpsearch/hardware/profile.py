@@ -82,8 +82,6 @@ class Correction:
         >>> round(found.intercept, 6), round(found.slope, 6), found.residual < 1e-9, found.runs
         (1.0, 1.1, True, 3)
         """
-        from scipy.optimize import nnls
-
         if not wholes:
             return cls()
         table, whole = (np.array([getattr(run, name) for run in wholes]) for name in ("table", "seconds"))
@@ -92,7 +90,9 @@ class Correction:
         if len(wholes) > 1 and np.ptp(table) > 0.01 * table.max():
             # In shares of each run, for long runs are no more exact than short ones.
             rows = np.stack([1 / whole, table / whole], axis=1)
-            fitted, _ = nnls(rows, np.ones(len(whole)))
+            fitted = np.linalg.lstsq(rows, np.ones(len(whole)), rcond=None)[0]
+            if fitted[0] < 0:
+                fitted = np.array([0.0, rows[:, 1].sum() / np.square(rows[:, 1]).sum()])
             # A longer sum that does not run longer is noise, not a law: kernels would cost nothing.
             intercept, slope = fitted if fitted[1] > 0 else (intercept, 1.0)
         left = (intercept + slope * table - whole) / whole

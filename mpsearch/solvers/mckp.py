@@ -26,7 +26,6 @@ from mpsearch.solvers._reduced import (
     impossible,
     refusal,
 )
-from mpsearch.solvers.ilp import Ilp
 from mpsearch.solvers.lagrangian import Dual, maximise, polish
 
 #: Deviations that sets are formed of: at first, at most, and by what they grow.
@@ -264,6 +263,9 @@ class _Search:
             self.stats["programme"] = "no time left" if left <= 0 else f"too large, {open_cells} cells"
             return
         core = replace(self.problem, loss=np.where(self.reduced.cells(keep), self.problem.loss, np.inf))
+        # Few problems come this far, and scipy takes longer to load than they take to solve.
+        from mpsearch.solvers.ilp import Ilp
+
         solution = Ilp(time_limit=left).solve(core)
         self.stats["programme"] = solution.stats.get("report", solution.status)
         if solution.status == "infeasible" and self.choice is None:
