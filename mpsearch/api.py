@@ -256,7 +256,8 @@ def cost(model: Any, formats: Sequence[str], target: str = "bytes", *, batch: An
         model: as for `layers`, or its result.
         formats: the menu.
         target: ``bytes`` (as the native export stores it; ``bytes@gptq``, ``bytes@awq``, ``bytes@compressed-tensors``,
-            ``bytes@gguf`` as these do), ``kv`` (settings ``context`` and ``batch``) or ``bops``.
+            ``bytes@gguf`` as these do), ``kv`` (settings ``context`` and ``batch``), ``bops``, or ``latency:ENGINE``,
+            which times that engine's kernels here (setting ``workload``, such as ``tpot at context 512``).
         batch: as for `layers`.
         settings: of the target.
 
@@ -267,6 +268,10 @@ def cost(model: Any, formats: Sequence[str], target: str = "bytes", *, batch: An
     found = model if isinstance(model, Layers) else layers(model, batch)
     menu = parse_formats(formats)
     check_menu(found, menu)
+    if target.startswith("latency:"):
+        from mpsearch.hardware.profiling import latency_here
+
+        return latency_here(found, menu, target.removeprefix("latency:"), **settings)
     table: CostTable = registry.make("targets", target, **settings).cost(found, menu)
     return table
 

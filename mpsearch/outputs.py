@@ -45,7 +45,7 @@ def write_outputs(study: Study, folder: Path | None = None) -> tuple[Path, Path]
     data = registry.load("reports", "data")(
         study=study.name,
         model={**chosen.plan.model, "weights": study.survey.layers.weights, "layers": len(study.survey.layers)},
-        verdict=verdict(chosen, measurements),
+        verdict=verdict(chosen, measurements, study.costs),
         budgets=[(str(b), b.limit(weights)) for b in study.budgets if b.resource == "weights"],
         measurements=measurements,
         plans={item.plan.assignment: replace(item.plan) for item in reversed(plans)},

@@ -63,8 +63,8 @@ def study_profile(
         check_offers(planner.layers, planner.formats, profile.made)
         return profile, (_of_another(profile),)
     name, settings = parse_engine(text)
-    threads = _count(text, "threads", settings.pop("threads", 1), 1)
-    count = _count(text, "wholes", settings.pop("wholes", WHOLES if name in registry.names("wholes") else 0), 0)
+    threads, count = engine_settings(text)
+    settings = {key: value for key, value in settings.items() if key not in ("threads", "wholes")}
 
     keeper = Timekeeper(
         threads=threads,
@@ -85,6 +85,24 @@ def study_profile(
     )
     profile, more = corrected(runner, profile, planner.layers, planner.formats, steps, count)
     return profile, (*notices, *more)
+
+
+def engine_settings(text: str) -> tuple[int, int]:
+    """(threads, plans that are run whole) that a study's engine asks for.
+
+    Raises:
+        InputError: not whole numbers (E113).
+
+    >>> engine_settings("onnxruntime:threads=2"), engine_settings("torch")
+    ((2, 5), (1, 0))
+    """
+    if text.startswith(_FILE):
+        return 1, 0
+    name, settings = parse_engine(text or DEFAULT_ENGINE)
+    default = WHOLES if name in registry.names("wholes") else 0
+    return _count(text, "threads", settings.get("threads", 1), 1), _count(
+        text, "wholes", settings.get("wholes", default), 0
+    )
 
 
 def _count(text: str, name: str, value: Any, least: int) -> int:

@@ -172,6 +172,11 @@ class StoredStudy:
         """
         return self.answer(*budgets).doubts(by)
 
+    @property
+    def planner(self) -> Planner:
+        """Makes plans for the study's own budgets."""
+        return self._planner(self.budgets)
+
     def _planner(self, wanted: Sequence[Budget]) -> Planner:
         survey = self.survey
         model = dict(self._model_of_plans() or self._model_entry(survey))

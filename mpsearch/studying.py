@@ -13,6 +13,7 @@ from mpsearch.budget import TIMED
 from mpsearch.errors import InputError, Notice
 from mpsearch.formats.kv_cache import KvCache, check_length
 from mpsearch.front import ParetoFront
+from mpsearch.hardware.identity import check_same
 from mpsearch.keys import content_key
 from mpsearch.machine import fingerprint
 from mpsearch.notices import layer_notices, order_notices, score_notices
@@ -171,6 +172,8 @@ class Study(StoredStudy):
             if rule:
                 self.store.link(self.name, "ratios", ratios_key)
             if profile is not None:
+                if (before := self.profile) is not None:
+                    check_same(before.identity, profile.identity, f"study '{self.name}'")
                 self.store.put("profile", profile.key, profile.to_json())
                 self.store.link(self.name, "profile", profile.key)
             origin = self._origin()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from mpsearch.cost_text import itemised
 from mpsearch.front import Measurement
 from mpsearch.planning import Labelled
 from mpsearch.spread import mean_and_error
+from mpsearch.tables import CostTable
 
 _SIGNIFICANT = 1.96
 #: Uniform plans of up to this share of a plan's bytes count as plans of its size.
@@ -38,13 +40,18 @@ def difference_error(a: Measurement, b: Measurement) -> float:
     return math.hypot(a.spread, b.spread)
 
 
-def verdict(chosen: Labelled, measurements: Sequence[Measurement]) -> list[str]:
+def verdict(chosen: Labelled, measurements: Sequence[Measurement], costs: Sequence[CostTable] = ()) -> list[str]:
     """Compare the chosen plan with the uniform plans, in sentences; the first one is the headline.
 
     Args:
         chosen: the study's plan for its own budgets.
         measurements: all that was measured.
+        costs: what formats cost; resources beside weights and BOPs are itemised, with where each figure is from.
     """
+    return [*_comparison(chosen, measurements), *map(str, itemised(chosen.plan, costs))]
+
+
+def _comparison(chosen: Labelled, measurements: Sequence[Measurement]) -> list[str]:
     mixed = next((m for m in measurements if m.plan == chosen.plan.assignment), None)
     if mixed is None:
         return ["The chosen plan was not measured."]

@@ -202,7 +202,7 @@ def _present(study: Study, seconds: float) -> None:
     out.print()
     out.print(front_table(measurements, study.front, layers.weights, chosen.plan.assignment))
     out.print()
-    for line in verdict(chosen, measurements):
+    for line in verdict(chosen, measurements, study.costs):
         out.print(safe(line), markup=False)
     report, plan = write_outputs(study)
     storage = storage_option(study.spec.storage)

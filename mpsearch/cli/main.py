@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import typer
 
 from mpsearch import __version__
-from mpsearch.cli import compute, estimators, formats, options, profile, search, solvers, stored
+from mpsearch.cli import compute, estimators, formats, measure, options, profile, search, solvers, stored
 from mpsearch.errors import MpsearchError
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ for command in (
     solvers.solvers,
     profile.targets,
     profile.profile,
+    measure.measure,
     search.search,
     compute.demo,
 ):

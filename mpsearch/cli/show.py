@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mpsearch.cost_text import UNITS, itemised
 from mpsearch.front import Measurement, ParetoFront
 from mpsearch.layer import Layers
 from mpsearch.plan import BitPlan
@@ -20,6 +22,10 @@ from mpsearch.verdict import best_uniform, gain
 
 # Control characters and the marks that turn the direction of text could forge what a terminal shows.
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+#: Resources that tables have columns of their own for, or leave out.
+_SHOWN = ("weights", "bops")
 
 
 def safe(text: object) -> str:
@@ -45,12 +51,14 @@ def _table(title: str, *columns: tuple[str, str]) -> Table:
 
 def front_table(measurements: Sequence[Measurement], front: ParetoFront, weights: int, chosen: str) -> Table:
     """Measured plans, cheapest first: those on the front, and the uniform ones beside them."""
+    served = _served(measurements)
     table = _table(
         "Measured plans: KL to the original on validation text, lower is better; ► chosen, • on the front",
         ("", "left"),
         ("plan", "left"),
         ("bits/weight", "right"),
         ("bytes", "right"),
+        *((f"{name.split(' ')[0]} {unit}", "right") for name, unit, _ in served),
         ("loss nats/token", "right"),
         ("against best uniform of at most its bytes", "left"),
     )
@@ -71,10 +79,18 @@ def front_table(measurements: Sequence[Measurement], front: ParetoFront, weights
             Text(safe(m.label)),
             f"{8 * m.cost['weights'] / weights:.4f}",
             f"{int(m.cost['weights']):,}",
+            *(f"{m.cost[name] / size:,.4g}" if name in m.cost else "" for name, _, size in served),
             f"{m.loss:.5f} ± {m.spread:.5f}",
             note,
         )
     return table
+
+
+def _served(measurements: Sequence[Measurement]) -> list[tuple[str, str, float]]:
+    """(resource, unit, size of it) of what plans cost beside weights and BOPs."""
+    names = dict.fromkeys(name for m in measurements for name in m.cost)
+    units = ((name, *UNITS.get(name.split(" ")[0], ("", 1))) for name in names)
+    return [(name, unit, float(size)) for name, unit, size in units if unit and name.split(" ")[0] not in _SHOWN]
 
 
 def layers_table(layers: Layers) -> Table:
@@ -215,4 +231,5 @@ def study_json(study: Study) -> dict[str, Any]:
         "measurements": [m.to_json() for m in study.measurements],
         "front": [m.to_json() for m in study.front],
         "plan": study.plans[0].plan.to_json() if study.plans else None,
+        "costs": [asdict(item) for item in itemised(study.plans[0].plan, study.costs)] if study.plans else [],
     }

@@ -123,7 +123,7 @@ def show(
         out.print()
         out.print(plan_table(plans[0].plan))
         out.print()
-        for line in verdict(plans[0], measurements):
+        for line in verdict(plans[0], measurements, study.costs):
             out.print(safe(line), markup=False)
     finally:
         study.store.close()

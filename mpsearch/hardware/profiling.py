@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mpsearch import registry
+from mpsearch.budget import TIMED
 from mpsearch.errors import InputError, Notice, UsageError
 from mpsearch.format import Format
 from mpsearch.hardware.bench import Bench
@@ -17,14 +18,17 @@ from mpsearch.hardware.engines.roofline import Roofline
 from mpsearch.hardware.identity import cores, largest_private_cache
 from mpsearch.hardware.in_memory import weight_bytes
 from mpsearch.hardware.kernel import Engine, Kernel, KernelTime
+from mpsearch.hardware.latency import Latency
 from mpsearch.hardware.profile import Profile
 from mpsearch.keys import content_key
-from mpsearch.layer import Layer, decisions
-from mpsearch.workload import Step
+from mpsearch.layer import Layer, Layers, decisions
+from mpsearch.tables import CostTable
+from mpsearch.workload import Step, Workload, canonical
 
 #: Raised with every change of how kernels are timed: it is part of each time's key.
 TIMING_VERSION = 1
-_MOST_STREAM = 2**30
+#: More would take longer to load than to time; most caches are smaller.
+_MOST_STREAM = 2**28
 #: A first kernel that takes this much longer, or less, in the end says that the machine changed meanwhile.
 _DRIFT = 0.1
 
@@ -54,7 +58,7 @@ class Timekeeper:
         """Time every kernel that plans of these formats could run.
 
         Weights are streamed as a model streams them: a kernel goes through copies of its weight, as many bytes as the
-        whole model has in that format (at most a GiB), before one comes round again.
+        whole model has in that format (at most 256 MiB), before one comes round again.
 
         Args:
             engine: name of the engine.
@@ -145,6 +149,31 @@ def check_offers(layers: Sequence[Layer], formats: Sequence[Format], engine: Eng
                 because="; ".join(dict.fromkeys(concerned)),
                 advice="offer bf16 as well, which every engine runs in some float",
             )
+
+
+def latency_here(
+    layers: Layers, formats: Sequence[Format], engine: str, workload: str = "tpot at context 512"
+) -> CostTable:
+    """Seconds of every decision in every format, by kernels that are timed now and kept nowhere.
+
+    Args:
+        layers: of the model.
+        formats: the menu.
+        engine: name of the engine, with settings.
+        workload: a resource of time and its condition.
+
+    Raises:
+        InputError: not a workload (E111, E113); as `Timekeeper.profile`.
+    """
+    resource, _, condition = workload.strip().partition(" ")
+    if resource not in TIMED:
+        raise InputError("E113", f"workload '{workload}'", advice="write one like 'tpot at context 512'")
+    at = canonical(resource, condition.removeprefix("at ").strip() or None)
+    name, settings = parse_engine(engine)
+    threads = int(settings.pop("threads", 1))
+    steps = [step for _, step in Workload.parse(resource, at).steps]
+    profile, _ = Timekeeper(threads=threads).profile(name, settings, layers, formats, steps)
+    return Latency(profile, resource, at).cost(layers, formats)
 
 
 def parse_engine(text: str) -> tuple[str, dict[str, Any]]:

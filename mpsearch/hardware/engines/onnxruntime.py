@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -97,25 +98,13 @@ class OnnxRuntime:
 
     def load(self, kernel: Kernel, copies: int, threads: int) -> Loaded:
         import onnxruntime as ort
-        from onnx import TensorProto, helper
 
         look_up = kernel.kind == "embedding"
         width = kernel.columns if look_up else kernel.rows
         copies = max(1, min(copies, _MOST_OUTPUT // (4 * kernel.tokens * width)))
-        number, shape = (TensorProto.FLOAT, [kernel.tokens, kernel.columns])
-        if look_up:
-            number, shape = (TensorProto.INT64, [kernel.tokens])
-        parts = [random_nodes(kernel, f"w{copy}", f"y{copy}") for copy in range(copies)]
-        graph = helper.make_graph(
-            [node for nodes, _ in parts for node in nodes],
-            "kernel",
-            [helper.make_tensor_value_info("x", number, shape)],
-            [helper.make_tensor_value_info(f"y{copy}", TensorProto.FLOAT, None) for copy in range(copies)],
-            initializer=[tensor for _, tensors in parts for tensor in tensors],
+        session = ort.InferenceSession(
+            _model_of(kernel, copies), session_options(threads), providers=["CPUExecutionProvider"]
         )
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
-        text = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
-        session = ort.InferenceSession(text, session_options(threads), providers=["CPUExecutionProvider"])
         binding = session.io_binding()
         binding.bind_ortvalue_input("x", ort.OrtValue.ortvalue_from_numpy(_inputs(kernel)))
         for copy in range(copies):
@@ -129,6 +118,37 @@ def _inputs(kernel: Kernel) -> Any:
     if kernel.kind == "embedding":
         return drawn.integers(0, kernel.rows, kernel.tokens)
     return drawn.standard_normal((kernel.tokens, kernel.columns), dtype=np.float32)
+
+
+def _model_of(kernel: Kernel, copies: int) -> bytes:
+    """An ONNX file that multiplies ``x`` by each of the copies."""
+    from onnx import TensorProto, helper
+
+    number, shape = TensorProto.FLOAT, [kernel.tokens, kernel.columns]
+    if kernel.kind == "embedding":
+        number, shape = TensorProto.INT64, [kernel.tokens]
+    nodes, tensors = random_nodes(kernel, "w0", "y0")
+    graph = helper.make_graph(
+        nodes,
+        "kernel",
+        [helper.make_tensor_value_info("x", number, shape)],
+        [helper.make_tensor_value_info(f"y{copy}", TensorProto.FLOAT, None) for copy in range(copies)],
+        initializer=tensors,
+    )
+    # The same numbers in other memory: drawing them anew would take longer than the timing.
+    for copy in range(1, copies):
+        for node in nodes:
+            other = graph.node.add()
+            other.CopyFrom(node)
+            for names in (other.input, other.output):
+                names[:] = [re.sub(r"^([wy])0", rf"\g<1>{copy}", name) for name in names]
+        for tensor in tensors:
+            held = graph.initializer.add()
+            held.CopyFrom(tensor)
+            held.name = tensor.name.replace("w0", f"w{copy}", 1)
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
+    text: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    return text
 
 
 def random_nodes(kernel: Kernel, weight: str, output: str) -> tuple[list[Any], list[Any]]:

@@ -1,0 +1,169 @@
+"""The command that runs a plan whole, and compares what was predicted of it with what it takes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mpsearch.cli.options import DEFAULT_STORAGE, Budgets, Json, Quiet, Storage, open_study
+from mpsearch.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from mpsearch.hardware.profile import Whole
+    from mpsearch.plan import BitPlan
+    from mpsearch.studying import Study
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One figure, predicted and measured.
+
+    Attributes:
+        what: resource with its condition, or the bytes of weights.
+        predicted: in ``unit``.
+        error: standard error of the prediction; 0 where it has none.
+        measured: in ``unit``.
+        low: lower end of the 95 % interval of what was measured.
+        high: upper end.
+        unit: ``ms`` or ``MiB``.
+        note: what makes it doubtful, or what the prediction is made of.
+    """
+
+    what: str
+    predicted: float
+    error: float
+    measured: float
+    low: float
+    high: float
+    unit: str
+    note: str = ""
+
+    @property
+    def off(self) -> float:
+        """How far the prediction is from the measurement, as a share of it."""
+        return self.predicted / self.measured - 1 if self.measured else 0.0
+
+
+def measure(
+    name: Annotated[str, typer.Argument(help="Name of the study.")],
+    latency: Annotated[bool, typer.Option("--latency", help="Run the plan whole: time and memory.")] = False,
+    budget: Budgets = None,
+    storage: Storage = DEFAULT_STORAGE,
+    model: Annotated[str, typer.Option(help="Model folder, when it is not where the study had it.")] = "",
+    limit: Annotated[float, typer.Option(help="Seconds that the clock may take for one pass.")] = 10.0,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Build a plan as the engine would run it, run it, and compare time and memory with what was predicted.
+
+    mpsearch measure served --latency
+
+    mpsearch measure served --latency --budget 'tpot <= 12 ms at context 2048'
+    """
+    if not latency:
+        raise UsageError("E115", "nothing to measure", advice="--latency; losses are measured by mpsearch run")
+    study = open_study(name, storage)
+    try:
+        plan = study.plan(*(budget or []))
+        compared = compare(study, plan, model or study.spec.model, limit, quiet or as_json)
+    finally:
+        study.store.close()
+    if as_json:
+        sys.stdout.write(json.dumps([{**asdict(row), "off": row.off} for row in compared], indent=1) + "\n")
+        return
+    _print(compared)
+
+
+def compare(study: Study, plan: BitPlan, model: str, limit: float, quiet: bool) -> list[Compared]:
+    """Run a plan in every pass that the study's budgets name (see `Compared`).
+
+    Raises:
+        InputError: the study timed no kernels (E420), or its engine runs no whole models (E431).
+    """
+    from mpsearch.cli.progress import Progress
+    from mpsearch.hardware.clock import Clock
+    from mpsearch.hardware.latency import kernel_seconds
+    from mpsearch.profiled import engine_settings, timed_steps
+    from mpsearch.wholes import Runner
+
+    planner = study.planner
+    profile = study.profile
+    steps = timed_steps(planner)
+    if profile is None or not steps:
+        raise InputError(
+            "E420", f"study '{study.name}' has timed no kernels",
+            advice="start one with a budget of time, such as 'tpot <= 14 ms at context 2048'",
+        )  # fmt: skip
+    progress = Progress(quiet)
+    threads, _ = engine_settings(study.spec.engine)
+    runner = Runner(
+        model, plan.model.get("digest", ""), threads, Clock(limit=limit),
+        report=lambda done, total: progress("whole", done, total),
+    )  # fmt: skip
+    try:
+        runs = {run.step: run for run in runner.runs(profile, {"plan": plan}, steps)}
+    finally:
+        progress.end()
+    found = []
+    for step, run in runs.items():
+        correction = profile.correction(step)
+        table = kernel_seconds(profile, plan, step)
+        predicted = correction.intercept + correction.slope * table
+        error = 0.0 if correction.residual != correction.residual else correction.residual * predicted
+        made = f"{table * 1e3:.4g} ms of kernels, " + (
+            f"corrected by {correction.runs} runs" if correction.runs else "not corrected"
+        )
+        found.append(_milliseconds(str(step), predicted, error, run, "; ".join(filter(None, (made, run.noise)))))
+    return [*found, *_memory(study, plan, runs)]
+
+
+def _milliseconds(what: str, predicted: float, error: float, run: Whole, note: str) -> Compared:
+    return Compared(what, 1e3 * predicted, 1e3 * error, 1e3 * run.seconds, 1e3 * run.low, 1e3 * run.high, "ms", note)
+
+
+def _memory(study: Study, plan: BitPlan, runs: Any) -> list[Compared]:
+    """Bytes of weights, and of everything where a budget counts it."""
+    from mpsearch.hardware.in_memory import weight_bytes
+    from mpsearch.hardware.memory import Memory
+
+    profile = study.profile
+    assert profile is not None
+    engine = profile.made
+    kept = sum(x.weights for x in plan.layers.excluded) * engine.cache_bits // 8
+    weights = kept + sum(weight_bytes(layer, plan.formats[layer.name], engine) for layer in plan.layers)
+    found = []
+    for step, run in runs.items():
+        size = run.weights / 2**20
+        found.append(Compared(f"weights, {step}", weights / 2**20, 0.0, size, size, size, "MiB", "in the file"))
+        if step.context and run.peak:
+            at = f"at context {step.context}" + (f", batch {step.batch}" if step.batch > 1 else "")
+            table = Memory(at, profile, study.survey.caches).cost(plan.layers, tuple(plan.formats.values()))
+            columns = {text: j for j, text in enumerate(table.formats)}
+            cells = [float(table.value[i, columns[str(plan.formats[row.layers[0].name])]])
+                     for i, row in enumerate(plan.layers.decisions)]  # fmt: skip
+            total, held = (sum(cells) + table.fixed) / 2**20, run.peak / 2**20
+            origin = f"activations {table.source['activations are']}"
+            found.append(Compared(f"memory {at}", total, 0.0, held, held, held, "MiB", origin))
+    return found
+
+
+def _print(compared: list[Compared]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from mpsearch.cli.show import console, safe
+
+    table = Table("what", "predicted", "measured", "off", "", title="Predicted and measured", box=None)
+    for column in (1, 2, 3):
+        table.columns[column].justify = "right"
+    for row in compared:
+        error = f" ± {row.error:.2g}" if row.error else ""
+        interval = f" ({row.low:,.4g} to {row.high:,.4g})" if row.high > row.low else ""
+        measured = f"{row.measured:,.4g}{interval} {row.unit}"
+        predicted = f"{row.predicted:,.4g}{error} {row.unit}"
+        table.add_row(Text(safe(row.what)), predicted, measured, f"{100 * row.off:+.1f} %", Text(safe(row.note)))
+    console().print(table)
