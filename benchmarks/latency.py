@@ -108,8 +108,8 @@ class Bench:
         choice = [columns[str(plan.formats[row.layers[0].name])] for row in plan.layers.decisions]
         return predicted(table, choice)
 
-    def run(self, plan: BitPlan, step: Step) -> Whole:
-        return next(self.runner.runs(self.profile, {"plan": plan}, [step]))
+    def run(self, plans: dict[str, BitPlan], step: Step) -> dict[str, Whole]:
+        return {run.label: run for run in self.runner.runs(self.profile, plans, [step])}
 
 
 def profile_part() -> None:
@@ -147,8 +147,9 @@ def predict_part(bench: Bench, count: int) -> None:
     plans = {label: plan for label, plan in plans.items() if label.startswith("random")}
     for step, resource in ((DECODE, "tpot"), (PREFILL, "ttft")):
         off: list[tuple[float, float]] = []
+        runs = bench.run(plans, step)
         for label, plan in plans.items():
-            run = bench.run(plan, step)
+            run = runs[label]
             table = kernel_seconds(bench.profile, plan, step)
             seconds, error = bench.predict(plan, resource)
             memory = Memory(f"at context {step.context or step.tokens}", replace(bench.profile, wholes=()))
@@ -179,14 +180,18 @@ def budgets_part(bench: Bench, count: int) -> None:
     )
     print("| tpot <= ms | measured ms | kept | MiB | loss | by bytes alone: MiB | loss | measured ms |")
     print("|---:|---:|---|---:|---:|---:|---:|---:|")
-    kept = 0
+    limits, plans = {}, {}
     for k in range(count):
-        limit = least + (most - least) * (k + 1) / (count + 6)
-        plan = bench.planner.mixed(bench.scores, parse_budgets([f"tpot <= {limit * 1e3:.6f} ms at context 512"]))
-        run = bench.run(plan, DECODE)
+        limits[k] = least + (most - least) * (k + 1) / (count + 6)
+        plan = bench.planner.mixed(bench.scores, parse_budgets([f"tpot <= {limits[k] * 1e3:.6f} ms at context 512"]))
+        plans[f"{k}"] = plan
+        loss = (plan.predicted.loss or 0.0) * (1 + 1e-9)
+        plans[f"{k} bytes"] = bench.planner.answer(bench.scores, (), "weights", loss).plan
+    runs = bench.run(plans, DECODE)
+    kept = 0
+    for k, limit in limits.items():
+        plan, other, run, rival = plans[f"{k}"], plans[f"{k} bytes"], runs[f"{k}"], runs[f"{k} bytes"]
         kept += run.low <= limit
-        other = bench.planner.answer(bench.scores, (), "weights", (plan.predicted.loss or 0.0) * (1 + 1e-9)).plan
-        rival = bench.run(other, DECODE)
         print(
             f"| {limit * 1e3:.2f} | {run.seconds * 1e3:.2f} ({run.low * 1e3:.2f} to {run.high * 1e3:.2f}) | "
             f"{'yes' if run.low <= limit else 'no'} | {plan.bytes / 2**20:.1f} | {plan.predicted.loss:.4g} | "
@@ -215,13 +220,14 @@ def phases_part(bench: Bench) -> None:
             f"{resource}: budget {limit * 1e3:.2f} ms (1.25 x the fastest); '{table.layers[1]}' in ms: "
             + ", ".join(f"{name} {value:.3f}" for name, value in sorted(per_format.items(), key=lambda x: x[1]))
         )
+    taken = {step: bench.run(plans, step) for step in (PREFILL, DECODE)}
     for resource, plan in plans.items():
         counts: dict[str, int] = {}
         for row in plan.layers.decisions:
             name = str(plan.formats[row.layers[0].name])
             counts[name] = counts.get(name, 0) + 1
         shown = ", ".join(f"{count} x {name}" for name, count in sorted(counts.items()))
-        runs = {step: bench.run(plan, step).seconds * 1e3 for step in (PREFILL, DECODE)}
+        runs = {step: taken[step][resource].seconds * 1e3 for step in (PREFILL, DECODE)}
         print(
             f"plan for {resource}: {shown}; prefill {runs[PREFILL]:.1f} ms, decode {runs[DECODE]:.2f} ms, "
             f"{plan.bytes / 2**20:.1f} MiB"
@@ -253,7 +259,7 @@ def main() -> None:
     if not {"predict", "budgets", "phases"} & set(args.parts):
         return
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench.of(make_model(Path(folder) / "llama-107m", 1024, 2816, 8), 6)
+        bench = Bench.of(make_model(Path(folder) / "llama-107m", 1024, 2816, 8), 7)
         if "predict" in args.parts:
             predict_part(bench, args.plans)
         if "budgets" in args.parts:
@@ -261,7 +267,7 @@ def main() -> None:
         if "phases" in args.parts:
             phases_part(bench)
         if args.wide:
-            predict_part(Bench.of(make_model(Path(folder) / "llama-wide", 2048, 5632, 2), 6), args.plans)
+            predict_part(Bench.of(make_model(Path(folder) / "llama-wide", 2048, 5632, 2), 7), args.plans)
 
 
 if __name__ == "__main__":

@@ -119,6 +119,11 @@ class Budget:
         """
         if cost.resource != self.priced_by:
             raise ValueError(f"a budget of {self.priced_by} cannot be read off a table of {cost.resource}")
+        if self.unit == "%" and not cost.reference:
+            raise InputError(
+                "E112", f"budget '{self}': what 100 % would be is not known: there are no times of the model as it is",
+                advice=f"give {_UNITS[self.resource][-2]}, or a table with times in bf16 or fp32",
+            )  # fmt: skip
         if self.unit == "%":
             exact = self.amount * Fraction(cost.reference) / 100
         elif self.unit == "bits":

@@ -72,4 +72,6 @@ def origin(table: CostTable) -> str:
         return f"{table.kind} kernels added up, without attention, norms and calls"
     off = max((correction["residual"] or 0.0 for correction in passes), default=0.0)
     share = f", off by {100 * off:.1f} % there" if off else ""
-    return f"{table.kind} kernels, corrected by {min(c['runs'] for c in passes)} runs of the whole model{share}"
+    margin = 100 * (table.source.get("margin", 1.0) - 1)
+    kept = f"; budgets are kept with a margin of {margin:.1f} %" if margin >= 0.05 else ""
+    return f"{table.kind} kernels, corrected by {min(c['runs'] for c in passes)} runs of the whole model{share}{kept}"

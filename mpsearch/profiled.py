@@ -23,14 +23,18 @@ if TYPE_CHECKING:
 #: Whose kernels are timed when budgets of time name no engine.
 DEFAULT_ENGINE = "onnxruntime"
 #: Plans that are run whole in each pass, unless ``wholes=…`` of the engine says otherwise.
-WHOLES = 5
+WHOLES = 7
 _FILE = "file:"
 
 
 def timed_steps(planner: Planner) -> tuple[Step, ...]:
-    """The passes that a planner's budgets of time are made of."""
-    budgets = [b for b in (*planner.asked, *planner.budgets) if b.resource in TIMED]
-    steps = [step for b in budgets for _, step in Workload.parse(b.resource, b.condition).steps]
+    """The passes that a planner's budgets of time are made of, and the decode steps of its budgets of memory."""
+    budgets = (*planner.asked, *planner.budgets)
+    steps = [step for b in budgets if b.resource in TIMED for _, step in Workload.parse(b.resource, b.condition).steps]
+    if steps or planner.spec.engine:
+        # What an engine holds beside the weights is seen in a run of the whole model.
+        served = [Workload.parse("tpot", b.condition) for b in budgets if b.resource == "memory"]
+        steps += [step for workload in served for _, step in workload.steps]
     return tuple(dict.fromkeys(steps))
 
 
@@ -69,7 +73,8 @@ def study_profile(
     keeper = Timekeeper(
         threads=threads,
         known=lambda key: store.get("kernel_time", key),
-        keep=lambda key, body: store.put("kernel_time", key, body),
+        # A time is never the same twice, so two that are taken at once are no conflict.
+        keep=lambda key, body: store.put("kernel_time", key, {"kernel": body["kernel"]}, volatile=body),
         report=lambda done, total: report("profile", done, total),
     )
     profile, notices = keeper.profile(name, settings, planner.layers, formats, steps)
@@ -80,7 +85,7 @@ def study_profile(
         identity,
         threads,
         known=lambda key: store.get("whole_time", key),
-        keep=lambda key, body: store.put("whole_time", key, body),
+        keep=lambda key, body: store.put("whole_time", key, {"step": body["step"]}, volatile=body),
         report=lambda done, total: report("whole", done, total),
     )
     profile, more = corrected(runner, profile, planner.layers, planner.formats, steps, count)
@@ -94,7 +99,7 @@ def engine_settings(text: str) -> tuple[int, int]:
         InputError: not whole numbers (E113).
 
     >>> engine_settings("onnxruntime:threads=2"), engine_settings("torch")
-    ((2, 5), (1, 0))
+    ((2, 7), (1, 0))
     """
     if text.startswith(_FILE):
         return 1, 0

@@ -89,7 +89,7 @@ class Runner:
             step, label, table, found.seconds, found.low, found.high, found.weights_bytes, found.held_bytes, found.noise
         )
         self.keep(key, asdict(run))
-        return run
+        return replace(Whole.from_json(self.known(key) or asdict(run)), label=label, table=table)
 
 
 def without_rules(plan: BitPlan) -> BitPlan:

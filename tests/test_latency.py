@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from mpsearch.hardware.in_memory import activation_bytes, cache_bytes, read_byte
 from mpsearch.hardware.kernel import Kernel, KernelTime
 from mpsearch.hardware.latency import Latency, predicted
 from mpsearch.hardware.memory import CHUNK, Memory
-from mpsearch.hardware.profile import Profile, Whole
+from mpsearch.hardware.profile import Correction, Profile, Whole
 from mpsearch.hardware.traffic import Energy, Traffic, read_energy
 from mpsearch.layer import Excluded, Layer, Layers, decisions
 from mpsearch.registry import make
@@ -154,6 +155,14 @@ def test_runs_of_the_whole_model_correct_the_sum() -> None:
     assert seconds == pytest.approx(2e-3 + 1.5 * plain)
     assert error == pytest.approx(1.5 * plain_error)
     assert plain_error == pytest.approx(0.2 * plain / 3.92)
+    assert table.source["margin"] == pytest.approx(1.0)
+    rough = [replace(run, seconds=run.seconds * factor) for run, factor in zip(wholes, (1.1, 0.9, 1.1), strict=True)]
+    wide = Latency(profile_of([step], tuple(rough), 0.1), "tpot", "at context 512").cost(LAYERS, MENU)
+    correction = Correction.fit(rough)
+    assert wide.source["margin"] == correction.margin == pytest.approx(1 + 10.66 * correction.residual, rel=1e-3)
+    np.testing.assert_allclose(wide.value, correction.margin * correction.slope * base.value)
+    assert predicted(wide, choice)[0] == pytest.approx(correction.intercept + correction.slope * plain)
+    assert predicted(wide, choice)[1] >= correction.residual * predicted(wide, choice)[0]
     other = Latency(profile_of([Step(1, 64)], wholes), "tpot", "at context 64").cost(LAYERS, MENU)
     assert other.fixed == 0.0  # runs at another context say nothing of this one
 
@@ -435,3 +444,113 @@ def test_targets_are_listed_with_what_is_missing(capsys: pytest.CaptureFixture[s
 
 def test_decisions_are_those_of_the_layers() -> None:
     assert [row.name for row in decisions(LAYERS)] == ["embed", "qk", "down", "attn.k_cache", "attn.v_cache"]
+
+
+# --- whole models
+
+
+@pytest.fixture(scope="module")
+def whole(small_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A study whose latency is corrected by runs of the whole model."""
+    folder = tmp_path_factory.mktemp("whole")
+    settings = study_settings(
+        small_llama, folder, formats=["int2-g64", "int4-g64", "int8-g64"], estimator="weight_mse", points=0,
+        budgets=["tpot <= 1 s at context 16", "memory <= 1 GiB at context 16"], engine="onnxruntime:wholes=3",
+    )  # fmt: skip
+    study = mp.study(**settings)
+    study.run()
+    return study
+
+
+def test_a_study_runs_whole_models_and_corrects_by_them(whole: Any) -> None:
+    step = Step(1, 16)
+    runs = [run for run in whole.profile.wholes if run.step == step]
+    assert [run.label for run in runs] == ["fastest", "random 1", "slowest"]
+    assert runs[0].table < runs[2].table
+    assert all(run.seconds > 0 and run.weights > 0 and run.peak > 0 for run in runs)
+    table = next(table for table in whole.costs if table.resource == "tpot at context 16")
+    assert table.source["passes"][0]["correction"]["runs"] == 3
+    correction = whole.profile.correction(step)
+    assert table.fixed == pytest.approx(correction.intercept)
+    memory = next(table for table in whole.costs if table.resource == "memory at context 16")
+    assert memory.kind == "measured"
+    assert not any(notice.code == "W431" for notice in whole.notices)
+
+
+def test_whole_runs_are_kept(whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mpsearch.hardware.whole import OnnxRuntimeWholes
+
+    monkeypatch.setattr(OnnxRuntimeWholes, "run", lambda *_: pytest.fail("a whole model was run again"))
+    whole.run()
+    assert len(whole.profile.wholes) == 3
+
+
+def test_measure_compares_what_was_predicted(whole: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["measure", whole.name, "--storage", whole.spec.storage, "--limit", "0.5"]
+    assert run([*command, "--latency", "--json"]) == 0
+    rows = {row["what"]: row for row in json.loads(capsys.readouterr().out)}
+    time_row = rows["1 tokens at context 16"]
+    assert time_row["low"] <= time_row["measured"] <= time_row["high"]
+    assert time_row["off"] == pytest.approx(time_row["predicted"] / time_row["measured"] - 1)
+    size = rows["weights, 1 tokens at context 16"]
+    assert abs(size["off"]) < 0.2
+    assert rows["memory at context 16"]["measured"] > size["measured"]
+    assert run(command) == 2
+    assert "--latency" in capsys.readouterr().err
+    assert run([*command, "--latency"]) == 0
+    assert "corrected by 3 runs" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_study_on_another_machine_is_not_mixed_in(whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mpsearch.hardware.bench import Bench
+
+    true = Bench.identity
+    monkeypatch.setattr(Bench, "identity", lambda self: {**true(self), "version onnxruntime": "0.1"})
+    monkeypatch.setattr(Bench, "time", lambda self, kernel, stream=0: KernelTime(kernel, 1e-6, 1e-6, 1e-6, 1))
+    from mpsearch.hardware.whole import OnnxRuntimeWholes, WholeTime
+
+    fake = WholeTime(Step(1, 16), 1.0, 1.0, 1.0, 1, weights_bytes=1, held_bytes=2)
+    monkeypatch.setattr(OnnxRuntimeWholes, "run", lambda *_: fake)
+    with pytest.raises(InputError, match="E430") as caught:
+        whole.run()
+    assert "version onnxruntime" in caught.value.because
+
+
+def test_a_run_that_ends_badly_leaves_the_sum_as_it_is(
+    small_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mpsearch.hardware.whole import OnnxRuntimeWholes, WholeTime
+
+    bad = WholeTime(Step(1, 16), status="crashed", reason="killed by SIGSEGV")
+    monkeypatch.setattr(OnnxRuntimeWholes, "run", lambda *_: bad)
+    settings = study_settings(
+        small_llama, tmp_path, formats=["int4-g64", "int8-g64"], estimator="weight_mse", points=0,
+        budgets=["tpot <= 1 s at context 16"],
+    )  # fmt: skip
+    study = mp.study(**settings)
+    study.run()
+    (notice,) = [notice for notice in study.notices if notice.code == "W431"]
+    assert "killed by SIGSEGV" in notice.message
+    assert not study.profile.wholes
+
+
+def test_other_engines_run_no_whole_models_and_say_so() -> None:
+    from mpsearch.wholes import Runner
+
+    with pytest.raises(InputError, match="torch runs single kernels here"):
+        next(Runner("", "").runs(Profile("torch"), {}, [Step(1)]))
+    for text, words in (("onnxruntime:wholes=-1", "wholes is -1"), ("onnxruntime:threads=0", "threads is 0")):
+        from mpsearch.profiled import engine_settings
+
+        with pytest.raises(InputError, match=words):
+            engine_settings(text)
+
+
+def test_latency_is_a_target_of_the_library() -> None:
+    table = mp.cost(LAYERS, ["int8-g64", "bf16", "kv-bf16"], "latency:onnxruntime", workload="ttft at prompt 3")
+    assert table.resource == "ttft at prompt 3"
+    assert (table.value[:3, :2] > 0).all()
+    assert table.kind == "measured"
+    assert (table.spread[:3, :2] >= 0).all()
+    with pytest.raises(InputError, match="workload 'weights'"):
+        mp.cost(LAYERS, ["bf16"], "latency:onnxruntime", workload="weights")

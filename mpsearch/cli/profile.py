@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpsearch.cli.options import Json, Quiet
+from mpsearch.cli.options import Json, Quiet, plain
 from mpsearch.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from mpsearch.hardware.profile import Profile
     from mpsearch.layer import Layers
-    from mpsearch.workload import Step
 
 
 def profile(
@@ -28,6 +27,8 @@ def profile(
     engine: Annotated[str, typer.Option(help="Whose kernels; mpsearch targets lists them.")] = "onnxruntime",
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("profile.json"),
     limit: Annotated[float, typer.Option(help="Seconds for one kernel at most.")] = 2.0,
+    ray: Annotated[str, typer.Option(help="Run on a node of this Ray cluster: its address, or auto.")] = "",
+    on: Annotated[str, typer.Option(help="With --ray: the custom resource that the node has.")] = "",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -37,31 +38,33 @@ def profile(
 
     mpsearch run ./model --engine file:profile.json --budget 'tpot <= 14 ms at context 2048' …
     """
-    from mpsearch.cli.progress import Progress
-    from mpsearch.format import Format, parse_formats
-    from mpsearch.hardware.clock import Clock
-    from mpsearch.hardware.profiling import Timekeeper, parse_engine
+    from mpsearch.hardware.profile import Profile
+    from mpsearch.hardware.profiling import profile_request
     from mpsearch.spec import DEFAULT_FORMATS
 
     if out.suffix != ".json":
         raise UsageError("E115", f"--out '{out}'", advice="end it with .json")
     if not limit > 0:
         raise UsageError("E115", f"--limit {limit:g}", advice="give seconds above 0")
-    steps = _steps(workload or ["tpot at context 512", "ttft at prompt 512"])
-    menu = tuple(dict.fromkeys([*parse_formats(formats or DEFAULT_FORMATS), Format.parse("bf16")]))
-    name, settings = parse_engine(engine)
-    threads = int(settings.pop("threads", 1))
-    progress = Progress(quiet or as_json)
-    keeper = Timekeeper(
-        threads=threads, clock=Clock(limit=limit), report=lambda done, total: progress("profile", done, total)
-    )
-    try:
-        found, notices = keeper.profile(name, settings, _layers(model), menu, steps)
-    finally:
-        progress.end()
+    if bool(ray) != bool(on):
+        raise UsageError("E115", "--ray and --on go together", advice="--ray auto --on phone")
+    request = {
+        "layers": _layers(model).to_json(),
+        "formats": list(formats or DEFAULT_FORMATS),
+        "workloads": list(workload or ["tpot at context 512", "ttft at prompt 512"]),
+        "engine": engine,
+        "limit": limit,
+    }
+    if ray:
+        from mpsearch.executors.ray import run_on
+
+        answer = run_on(ray, on, profile_request, request)
+    else:
+        answer = _with_progress(request, quiet or as_json)
+    found, notices = Profile.from_json(answer["profile"]), answer["notices"]
     found.save(out)
     for notice in notices:
-        sys.stderr.write(f"{notice}\n")
+        sys.stderr.write(f"{plain(notice)}\n")
     if as_json:
         sys.stdout.write(json.dumps(found.to_json(), indent=1) + "\n")
         return
@@ -115,19 +118,15 @@ def _layers(model: str) -> Layers:
     return api.layers(resolve_model(model, Path.cwd()))
 
 
-def _steps(workloads: Sequence[str]) -> tuple[Step, ...]:
-    from mpsearch.budget import TIMED
-    from mpsearch.workload import Workload
+def _with_progress(request: Mapping[str, Any], quiet: bool) -> dict[str, Any]:
+    from mpsearch.cli.progress import Progress
+    from mpsearch.hardware.profiling import profile_request
 
-    found: list[Step] = []
-    for text in workloads:
-        resource, _, condition = text.strip().partition(" ")
-        if resource not in TIMED:
-            raise UsageError(
-                "E115", f"--workload '{text}'", advice="write one like 'tpot at context 2048' or 'ttft at prompt 512'"
-            )
-        found += [step for _, step in Workload.parse(resource, condition).steps]
-    return tuple(dict.fromkeys(found))
+    progress = Progress(quiet)
+    try:
+        return profile_request(request, lambda done, total: progress("profile", done, total))
+    finally:
+        progress.end()
 
 
 def _print(found: Profile) -> None:

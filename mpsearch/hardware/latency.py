@@ -21,6 +21,8 @@ from mpsearch.workload import Step, Workload
 #: A 95 % interval is so many standard errors wide.
 _WIDTH = 2 * 1.96
 
+_NO_TIME = "there is no time of"
+
 #: (count, pass, what makes a sum of kernels that pass) of a workload.
 Passes = Sequence[tuple[float, Step, Correction]]
 
@@ -31,8 +33,9 @@ class Latency:
 
     A cell is the sum over the passes of the workload of how often the decision's kernels run, times how long each
     takes. Where whole models were run in that pass, each sum is corrected by what they showed (`Correction`): the
-    intercept is ``fixed``, the slope is in the cells. Its standard error counts each kernel's interval; kernels are
-    not independent (one shape serves many layers), so errors add up.
+    intercept is ``fixed``, the slope is in the cells, and both are lengthened by a margin (`Correction.margin`) so that
+    19 of 20 plans keep their budgets; `predicted` takes it off again. A cell's standard error counts each kernel's
+    interval; kernels are not independent (one shape serves many layers), so errors add up.
 
     A format without a kernel is not offered (NaN); ``source["refused"]`` says why. Percentages of a budget refer to the
     model in the engine's 16-bit kernels, or its 32-bit ones where it has no others.
@@ -68,17 +71,18 @@ class Latency:
                 else:
                     refused.setdefault(reason or str(cell), []).append([i, j])
         self._check_rows(rows, value, refused)
-        fixed = math.fsum(count * correction.intercept for count, _, correction in passes)
+        margin = max(correction.margin for _, _, correction in passes)
+        fixed = margin * math.fsum(count * correction.intercept for count, _, correction in passes)
         return CostTable(
             tuple(row.name for row in rows),
             tuple(map(str, formats)),
-            value,
-            spread,
+            margin * value,
+            margin * spread,
             unit="s",
             resource=f"{self.resource} {self.condition}".rstrip(),
             kind=self.profile.origin,
             fixed=fixed,
-            reference=self._reference(rows, passes, fixed),
+            reference=self._reference(rows, passes, fixed, margin),
             source={
                 "target": f"latency:{self.profile.engine}",
                 "profile": self.profile.key,
@@ -86,6 +90,7 @@ class Latency:
                     {"count": count, "pass": str(step), "correction": correction.to_json()}
                     for count, step, correction in passes
                 ],
+                "margin": margin,
                 "refused": refused,
             },
         )
@@ -96,7 +101,7 @@ class Latency:
         for count, step, correction in passes:
             for often, kernel, found in self._times(row, fmt, step):
                 if found is None:
-                    return f"there is no time of {kernel}"
+                    return f"{_NO_TIME} {kernel}"
                 if found.status != "ok":
                     return f"{kernel}: {found.status}: {found.reason}"
                 seconds.append(count * often * correction.slope * found.seconds)
@@ -125,20 +130,20 @@ class Latency:
         Raises:
             InputError: E434.
         """
-        missing = {i for reason, cells in refused.items() if reason.startswith("there is no time") for i, _ in cells}
-        empty = [i for i in sorted(missing) if np.isnan(value[i]).all()]
+        holes = {i: why for why, cells in refused.items() if why.startswith(_NO_TIME) for i, _ in cells}
+        empty = [i for i in sorted(holes) if np.isnan(value[i]).all()]
         if not empty:
             return
         tokens = sorted({time.kernel.tokens for time in self.profile.every})
         raise InputError(
             "E434",
             f"the times of {self.profile.engine} lack {len(empty)} layers, first '{rows[empty[0]].name}'",
-            because=next(r for r, cells in refused.items() if [empty[0]] in [[c[0]] for c in cells])
-            + f"; it holds {len(self.profile.every)} times, at {', '.join(map(str, tokens)) or 'no'} tokens",
+            because=f"{holes[empty[0]]}; it holds {len(self.profile.every)} times, "
+            f"at {', '.join(map(str, tokens)) or 'no'} tokens",
             advice="measure them: mpsearch profile with the same formats and workload, or add the rows",
         )
 
-    def _reference(self, rows: Sequence[Decision], passes: Passes, fixed: float) -> float:
+    def _reference(self, rows: Sequence[Decision], passes: Passes, fixed: float, margin: float) -> float:
         """Seconds of the model as it is; 0 where the profile does not hold them."""
         total = [fixed]
         for row in rows:
@@ -148,7 +153,7 @@ class Latency:
             there = next((cell[0] for cell in cells if isinstance(cell, tuple)), None)
             if there is None:
                 return 0.0
-            total.append(there)
+            total.append(margin * there)
         return math.fsum(total)
 
 
@@ -163,15 +168,18 @@ def kernel_seconds(profile: Profile, plan: BitPlan, step: Step) -> float:
 
 
 def predicted(table: CostTable, choice: Sequence[int] | Array) -> tuple[float, float]:
-    """Seconds of a choice and their standard error, what is fixed included: the residual of the passes with it.
+    """Seconds of a choice and their standard error, what is fixed and the residual of the passes included.
+
+    The margin that budgets are kept with is taken off.
 
     >>> table = CostTable(("a",), ("x",), [[2.0]], [[0.1]], "s", "tpot at context 8", "measured", fixed=1.0)
     >>> predicted(table, [0])
     (3.0, 0.1)
     """
     cells = [(i, int(j)) for i, j in enumerate(choice)]
-    seconds = math.fsum(float(table.value[cell]) for cell in cells) + table.fixed
-    error = math.fsum(float(table.spread[cell]) for cell in cells)
+    margin = float(table.source.get("margin", 1.0))
+    seconds = (math.fsum(float(table.value[cell]) for cell in cells) + table.fixed) / margin
+    error = math.fsum(float(table.spread[cell]) for cell in cells) / margin
     residuals = [entry["correction"]["residual"] for entry in table.source.get("passes", ())]
     known = [residual for residual in residuals if residual is not None]
     return seconds, math.hypot(error, max(known, default=0.0) * seconds)

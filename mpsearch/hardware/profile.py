@@ -17,11 +17,14 @@ from mpsearch.errors import InputError
 from mpsearch.files import write_file
 from mpsearch.hardware.kernel import Engine, Kernel, KernelTime
 from mpsearch.keys import content_key
+from mpsearch.spread import student_factor
 from mpsearch.workload import Step
 
 SCHEMA = "mpsearch/profile"
 SCHEMA_VERSION = 1
 Origin = Literal["measured", "modelled"]
+#: 95 % quantile of the normal distribution.
+_ONE_SIDED = 1.6448536269514722
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,20 @@ class Correction:
         free = len(wholes) - 2
         residual = math.sqrt(float((left**2).sum()) / free) if free > 0 else math.nan
         return cls(float(intercept), float(slope), residual, len(wholes))
+
+    @property
+    def margin(self) -> float:
+        """How much longer than predicted a plan must be taken to be, so that 19 of 20 keep their budget.
+
+        The normal distribution's one-sided 95 %, widened for few runs (`student_factor`); 1 where nothing is known.
+
+        >>> round(Correction(0.0, 1.0, 0.02, 9).margin, 3), Correction().margin
+        (1.04, 1.0)
+        """
+        free = self.runs - 2
+        if free < 1 or math.isnan(self.residual):
+            return 1.0
+        return 1.0 + _ONE_SIDED * student_factor(free) * self.residual
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"residual": None if math.isnan(self.residual) else self.residual}

@@ -10,7 +10,7 @@ from typing import Any
 from mpsearch import registry
 from mpsearch.budget import TIMED
 from mpsearch.errors import InputError, Notice, UsageError
-from mpsearch.format import Format
+from mpsearch.format import Format, parse_formats
 from mpsearch.hardware.bench import Bench
 from mpsearch.hardware.calls import kernels, refuses
 from mpsearch.hardware.clock import Clock, machine_load
@@ -117,7 +117,8 @@ class Timekeeper:
                 second = bench.time(kernel, stream)
                 found = second if second.status == "ok" and not second.noise else found
             self.keep(key, found.to_json())
-            yield found, True
+            # Whoever kept a time first is right: everyone then plans with the same one.
+            yield KernelTime.from_json(self.known(key) or found.to_json()), True
         self.report(len(wanted), len(wanted))
 
 
@@ -165,15 +166,56 @@ def latency_here(
     Raises:
         InputError: not a workload (E111, E113); as `Timekeeper.profile`.
     """
-    resource, _, condition = workload.strip().partition(" ")
-    if resource not in TIMED:
-        raise InputError("E113", f"workload '{workload}'", advice="write one like 'tpot at context 512'")
-    at = canonical(resource, condition.removeprefix("at ").strip() or None)
+    resource, passes, at = parse_workload(workload)
     name, settings = parse_engine(engine)
     threads = int(settings.pop("threads", 1))
-    steps = [step for _, step in Workload.parse(resource, at).steps]
+    steps = [step for _, step in passes.steps]
     profile, _ = Timekeeper(threads=threads).profile(name, settings, layers, formats, steps)
     return Latency(profile, resource, at).cost(layers, formats)
+
+
+def profile_request(
+    request: Mapping[str, Any], report: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Any]:
+    """Do a request of plain values, here or wherever it was sent to.
+
+    Args:
+        request: ``layers`` (as `Layers.to_json`), ``formats``, ``workloads`` (such as ``tpot at context 512``),
+            ``engine`` (with settings) and ``limit`` (seconds for one kernel).
+        report: called with (done, total).
+
+    Returns:
+        ``profile`` (as `Profile.to_json`) and ``notices`` (texts).
+
+    Raises:
+        InputError: as `Timekeeper.profile`; a workload that is none (E111, E113).
+    """
+    name, settings = parse_engine(request["engine"])
+    threads = int(settings.pop("threads", 1))
+    settings.pop("wholes", None)
+    menu = tuple(dict.fromkeys([*parse_formats(request["formats"]), Format.parse("bf16")]))
+    steps = dict.fromkeys(step for text in request["workloads"] for _, step in parse_workload(text)[1].steps)
+    keeper = Timekeeper(threads=threads, clock=Clock(limit=request["limit"]), report=report)
+    profile, notices = keeper.profile(name, settings, Layers.from_json(request["layers"]), menu, tuple(steps))
+    return {"profile": profile.to_json(), "notices": [str(notice) for notice in notices]}
+
+
+def parse_workload(text: str) -> tuple[str, Workload, str]:
+    """Read a resource of time and its condition: (resource, workload, condition).
+
+    Raises:
+        InputError: not one (E111, E113).
+
+    >>> parse_workload("ttft at prompt 64")[1].steps
+    ((1.0, Step(tokens=64, context=0, batch=1)),)
+    """
+    resource, _, condition = text.strip().partition(" ")
+    if resource not in TIMED:
+        raise InputError(
+            "E113", f"workload '{text}'", advice="write one like 'tpot at context 2048' or 'ttft at prompt 512'"
+        )
+    at = canonical(resource, condition.removeprefix("at ").strip() or None)
+    return resource, Workload.parse(resource, at), at
 
 
 def parse_engine(text: str) -> tuple[str, dict[str, Any]]:
