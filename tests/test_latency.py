@@ -471,7 +471,7 @@ def test_a_study_runs_whole_models_and_corrects_by_them(whole: Any) -> None:
     table = next(table for table in whole.costs if table.resource == "tpot at context 16")
     assert table.source["passes"][0]["correction"]["runs"] == 3
     correction = whole.profile.correction(step)
-    assert table.fixed == pytest.approx(correction.intercept)
+    assert table.fixed == pytest.approx(correction.margin * correction.intercept)
     memory = next(table for table in whole.costs if table.resource == "memory at context 16")
     assert memory.kind == "measured"
     assert not any(notice.code == "W431" for notice in whole.notices)
