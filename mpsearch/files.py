@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from mpsearch.errors import ResourceError, UnsafeError
 
 
-def write_file(path: Path, content: bytes | str) -> None:
+def write_file(path: Path, content: bytes | str | Callable[[BinaryIO], object]) -> None:
     """Write a file so that a reader sees the old or the new content, never a part.
 
     A temporary file in the same folder is written, flushed to disk and renamed over the target.
 
+    Args:
+        path: the file.
+        content: what to write; of a file too large for memory, a function that writes it to the stream.
+
     Raises:
         ResourceError: the disk is full or the folder cannot be written (E701).
     """
-    data = content.encode() if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         try:
             with os.fdopen(descriptor, "wb") as stream:
-                stream.write(data)
+                if callable(content):
+                    content(stream)
+                else:
+                    stream.write(content.encode() if isinstance(content, str) else content)
                 stream.flush()
                 os.fsync(stream.fileno())
             os.chmod(name, 0o644)

@@ -105,7 +105,11 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
         "bisection": "mpsearch.solvers.bisection:Bisection",
     },
     "evaluators": {"kl": "mpsearch.evaluate.kl:Kl"},
-    "exporters": {"native": "mpsearch.exports.native:Native", "llama.cpp": "mpsearch.exports.llama_cpp:LlamaCpp"},
+    "exporters": {
+        "native": "mpsearch.exports.native:Native",
+        "llama.cpp": "mpsearch.exports.llama_cpp:LlamaCpp",
+        "compressed-tensors": "mpsearch.exports.compressed_tensors:CompressedTensors",
+    },
     "executors": {"local": "mpsearch.executors.local:Local"},
     "work": {"workbench": "mpsearch.evaluate.workbench:Work"},
     "reports": {"html": "mpsearch.web.report:report_html", "data": "mpsearch.web.report_data:ReportData"},
@@ -166,6 +170,10 @@ def make(kind: str, name: str, **values: Any) -> Any:
                 f"{kind}: '{name}' has no setting '{setting}'{did_you_mean(setting, known)}",
                 advice=f"settings: {', '.join(known) or 'none'}",
             )
+    parameters = inspect.signature(component).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if missing := [setting for setting in needed if setting not in values]:
+        raise InputError("E107", f"{kind}: '{name}' needs the setting '{missing[0]}'")
     if kind in ("solvers", "searchers"):
         _check_types(kind, name, component, values)
     return component(**values)

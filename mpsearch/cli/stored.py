@@ -131,7 +131,7 @@ def show(
 
 def export(
     name: Annotated[str, typer.Argument(help="Name of the study, or a plan file (.json).")],
-    to: Annotated[str, typer.Option(help="native or llama.cpp.")] = "native",
+    to: Annotated[str, typer.Option(help="native, llama.cpp or compressed-tensors.")] = "native",
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("exported"),
     budget: Budgets = None,
     storage: Storage = DEFAULT_STORAGE,
@@ -142,6 +142,8 @@ def export(
     """Write a plan for another tool.
 
     mpsearch export tiny-llama --budget 'weights <= 3.5 bits' --to native --out exported
+
+    mpsearch export tiny-llama --to compressed-tensors --out quantised
     """
     from dataclasses import replace
 
@@ -159,7 +161,7 @@ def export(
         finally:
             study.store.close()
     loaded = None
-    if to == "native" and weights and source:
+    if to in ("native", "compressed-tensors") and weights and source:
         from mpsearch.bundled import resolve_model
         from mpsearch.evaluate.workbench import Workbench
         from mpsearch.model.model import load_model
@@ -172,8 +174,12 @@ def export(
                 f"'{name}' has formats that are made from calibration data, which a plan does not hold",
                 advice="export it by the name of its study",
             )
-        loaded = Workbench.load(replace(setup, model=folder)).model if calibrated and setup else load_model(folder)
-        if loaded.digest != plan.model.get("digest"):
+        if to == "compressed-tensors" and not calibrated:
+            # It reads the folder tensor by tensor, and looks itself whether it is the plan's.
+            exporter = replace(exporter, source=folder)
+        else:
+            loaded = Workbench.load(replace(setup, model=folder)).model if calibrated and setup else load_model(folder)
+        if loaded is not None and loaded.digest != plan.model.get("digest"):
             raise InputError(
                 "E302", f"the plan is for another model than '{source}'", advice="give the model's folder: --model"
             )
@@ -181,6 +187,8 @@ def export(
         sys.stderr.write("no weights are written: name the model's folder with --model, or pass --no-weights\n")
     for path in exporter.write(plan, out, loaded):
         sys.stdout.write(f"{path}\n")
+    for note in exporter.notes(plan) if hasattr(exporter, "notes") else ():
+        sys.stderr.write(f"note: {note}\n")
 
 
 def layers(
