@@ -109,7 +109,7 @@ class Bench:
         return predicted(table, choice)
 
     def run(self, plans: dict[str, BitPlan], step: Step) -> dict[str, Whole]:
-        return {run.label: run for run in self.runner.runs(self.profile, plans, [step])}
+        return {run.label: run for run in self.runner.runs(self.profile, {step: plans})}
 
 
 def profile_part() -> None:
@@ -162,8 +162,8 @@ def predict_part(bench: Bench, count: int) -> None:
             print(
                 f"| {step} | {label} | {run.seconds * 1e3:.2f} ({run.low * 1e3:.2f} to {run.high * 1e3:.2f}) | "
                 f"{table * 1e3:.2f} | {100 * off[-1][0]:+.1f} % | {seconds * 1e3:.2f} ± {error * 1e3:.2f} | "
-                f"{100 * off[-1][1]:+.1f} % | {run.peak / 2**20:.0f} | {bytes_ / 2**20:.0f} | "
-                f"{100 * (bytes_ / run.peak - 1):+.1f} % |{' ' + run.noise if run.noise else ''}",
+                f"{100 * off[-1][1]:+.1f} % | {run.held / 2**20:.0f} | {bytes_ / 2**20:.0f} | "
+                f"{100 * (bytes_ / run.held - 1):+.1f} % |{' ' + run.noise if run.noise else ''}",
                 flush=True,
             )
         within = [sum(abs(pair[k]) <= 0.1 for pair in off) for k in (0, 1)]
@@ -191,10 +191,10 @@ def budgets_part(bench: Bench, count: int) -> None:
     kept = 0
     for k, limit in limits.items():
         plan, other, run, rival = plans[f"{k}"], plans[f"{k} bytes"], runs[f"{k}"], runs[f"{k} bytes"]
-        kept += run.low <= limit
+        kept += run.high <= limit
         print(
             f"| {limit * 1e3:.2f} | {run.seconds * 1e3:.2f} ({run.low * 1e3:.2f} to {run.high * 1e3:.2f}) | "
-            f"{'yes' if run.low <= limit else 'no'} | {plan.bytes / 2**20:.1f} | {plan.predicted.loss:.4g} | "
+            f"{'yes' if run.high <= limit else 'no'} | {plan.bytes / 2**20:.1f} | {plan.predicted.loss:.4g} | "
             f"{other.bytes / 2**20:.1f} | {other.predicted.loss:.4g} | {rival.seconds * 1e3:.2f} |",
             flush=True,
         )

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
+from mpsearch.decimals import decimal_text
 from mpsearch.errors import InputError, did_you_mean
 from mpsearch.tables import CostTable
 from mpsearch.workload import canonical
@@ -89,7 +90,9 @@ class Budget:
             ) from None
         if amount <= 0:
             raise InputError("E111", f"budget: got '{match['amount']}', expected more than 0", where=text, advice=_HELP)
-        unit = match["unit"] or ("bits" if resource == "weights" else "%")
+        unit = match["unit"] or {"weights": "bits", "bops": "%", "kv": "%"}.get(resource, "")
+        if not unit:
+            raise InputError("E112", f"budget '{text}': no unit", advice=f"give one of {', '.join(_UNITS[resource])}")
         if unit not in _UNITS[resource]:
             raise InputError(
                 "E112",
@@ -114,6 +117,8 @@ class Budget:
     def limit(self, cost: CostTable) -> float:
         """Return the largest cost, in the table's unit, that keeps the budget; a whole number of bytes and BOPs.
 
+        Predicted times must be below by the margin of their table, for they are not exact.
+
         Raises:
             ValueError: the table is of another resource.
         """
@@ -130,7 +135,9 @@ class Budget:
             exact = self.amount * cost.weights / 8
         else:
             exact = self.amount * self.scale
-        return float(exact) if cost.unit in ("s", "J") else math.floor(exact)
+        if cost.unit == "s":
+            return float(exact / Fraction(cost.source.get("margin", 1.0)))
+        return float(exact) if cost.unit == "J" else math.floor(exact)
 
 
 def units(resource: str) -> tuple[str, ...]:
@@ -149,25 +156,6 @@ def conditions(condition: str) -> dict[str, int]:
     {'context': 8192, 'batch': 4}
     """
     return {name: int(count) for name, count in re.findall(r"(context|batch) (\d+)", condition)}
-
-
-def decimal_text(amount: Fraction) -> str:
-    """Write an exact amount as a decimal when it is one, else as a fraction.
-
-    >>> decimal_text(Fraction(17, 4)), decimal_text(Fraction(1, 3))
-    ('4.25', '1/3')
-    """
-    rest = amount.denominator
-    for prime in (2, 5):
-        while rest % prime == 0:
-            rest //= prime
-    if rest != 1:
-        return str(amount)
-    digits = 0
-    while (amount * 10**digits).denominator != 1:
-        digits += 1
-    whole = str(int(amount * 10**digits)).rjust(digits + 1, "0")
-    return whole if not digits else f"{whole[:-digits]}.{whole[-digits:]}"
 
 
 def parse_budgets(texts: Iterable[str]) -> tuple[Budget, ...]:

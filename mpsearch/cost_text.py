@@ -54,7 +54,10 @@ def itemised(plan: BitPlan, costs: Sequence[CostTable]) -> Iterator[Itemised]:
         amount, spread = plan.cost.get(table.resource, math.nan), 0.0
         if name in TIMED:
             amount, spread = predicted(table, choice)
-        yield Itemised(table.resource, amount / size, spread / size, unit, origin(table))
+        where = origin(table)
+        if name == "memory":
+            where += f"; what is decided {(amount - table.fixed) / size:,.4g} {unit}"
+        yield Itemised(table.resource, amount / size, spread / size, unit, where)
 
 
 def origin(table: CostTable) -> str:
@@ -68,10 +71,13 @@ def origin(table: CostTable) -> str:
         return table.kind
     if table.kind == "modelled":
         return "modelled by a roofline, not measured"
+    guess = f" ({', '.join(table.source['modelled'])} modelled)" if table.source.get("modelled") else ""
     if not all(correction["runs"] for correction in passes):
-        return f"{table.kind} kernels added up, without attention, norms and calls"
+        return f"{table.kind} kernels{guess} added up, without attention, norms and calls"
     off = max((correction["residual"] or 0.0 for correction in passes), default=0.0)
     share = f", off by {100 * off:.1f} % there" if off else ""
     margin = 100 * (table.source.get("margin", 1.0) - 1)
+    runs = min(correction["runs"] for correction in passes)
     kept = f"; budgets are kept with a margin of {margin:.1f} %" if margin >= 0.05 else ""
-    return f"{table.kind} kernels, corrected by {min(c['runs'] for c in passes)} runs of the whole model{share}{kept}"
+    kept = kept if runs > 2 else ", too few for a margin"
+    return f"{table.kind} kernels{guess}, corrected by {runs} runs of the whole model{share}{kept}"

@@ -8,7 +8,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from mpsearch.budget import TIMED, Budget, decimal_text
+from mpsearch.budget import TIMED, Budget
+from mpsearch.decimals import decimal_text
 from mpsearch.errors import InfeasibleError
 from mpsearch.tables import Array, CostTable
 
@@ -73,7 +74,7 @@ def _pins_cost(pinned: Sequence[int], extra: Array, budget: Budget, table: CostT
 
 def in_unit(cost: float, budget: Budget, table: CostTable) -> str:
     """Write a cost in a budget's unit, rounded up so that it is enough."""
-    exact = Fraction(cost)
+    exact = Fraction(cost) * Fraction(table.source.get("margin", 1.0) if table.unit == "s" else 1.0)
     if budget.unit == "%":
         amount = exact * 100 / Fraction(table.reference)
     elif budget.unit == "bits":

@@ -197,7 +197,11 @@ class Menu:
         """What a plan costs in one resource, what is fixed included; NaN where it has no price."""
         wanted = tuple(dict.fromkeys(plan.formats.values()))
         if not set(wanted) <= set(self.formats):
-            table = target.cost(self.layers, wanted)
+            try:
+                table = target.cost(self.layers, wanted)
+            except InputError:
+                # A profile need not hold formats that are not on the menu.
+                return math.nan
         columns = {name: j for j, name in enumerate(table.formats)}
         cells = ((i, columns[str(plan.formats[row.layers[0].name])]) for i, row in enumerate(self.layers.decisions))
         return math.fsum(float(table.value[cell]) for cell in cells) + table.fixed
@@ -208,9 +212,15 @@ class Menu:
         if self.profile is None:
             return {}
         found = {}
-        for fmt in self.menu:
-            takes = [layer for layer in self.layers if not fmt.refuses(layer)]
-            reasons = [refuses(layer, fmt, self.profile.made) for layer in takes]
-            if takes and all(reasons):
+        refused = [table.source["refused"] for table in self.costs if "refused" in table.source]
+        for j, fmt in enumerate(self.menu):
+            rows = [i for i, row in enumerate(self.layers.decisions) if not any(map(fmt.refuses, row.layers))]
+            reasons = [
+                why for table in refused for why, cells in table.items() for i, k in cells if k == j and i in rows
+            ]
+            if not refused:
+                concerned = (self.layers.decisions[i].layers for i in rows)
+                reasons = [why for row in concerned for x in row if (why := refuses(x, fmt, self.profile.made))]
+            if rows and len(reasons) >= len(rows):
                 found[fmt] = Counter(reasons).most_common(1)[0][0]
         return found

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpsearch import registry
-from mpsearch.budget import TIMED
-from mpsearch.errors import InputError, Notice
+from mpsearch.budget import TIMED, Budget
+from mpsearch.errors import Notice
 from mpsearch.format import Format
 from mpsearch.hardware.latency_table import read_profile
 from mpsearch.hardware.profile import Profile
@@ -22,16 +22,13 @@ if TYPE_CHECKING:
 
 #: Whose kernels are timed when budgets of time name no engine.
 DEFAULT_ENGINE = "onnxruntime"
-#: Plans that are run whole in each pass, unless ``wholes=…`` of the engine says otherwise.
-WHOLES = 7
 _FILE = "file:"
 
 
-def timed_steps(planner: Planner) -> tuple[Step, ...]:
-    """The passes that a planner's budgets of time are made of, and the decode steps of its budgets of memory."""
-    budgets = (*planner.asked, *planner.budgets)
+def timed_steps(budgets: Sequence[Budget], engine: str) -> tuple[Step, ...]:
+    """The passes that budgets of time are made of, and the decode steps of budgets of memory on an engine."""
     steps = [step for b in budgets if b.resource in TIMED for _, step in Workload.parse(b.resource, b.condition).steps]
-    if steps or planner.spec.engine:
+    if steps or engine:
         # What an engine holds beside the weights is seen in a run of the whole model.
         served = [Workload.parse("tpot", b.condition) for b in budgets if b.resource == "memory"]
         steps += [step for workload in served for _, step in workload.steps]
@@ -39,7 +36,12 @@ def timed_steps(planner: Planner) -> tuple[Step, ...]:
 
 
 def study_profile(
-    planner: Planner, store: Store, report: Callable[[str, int, int], None], model: Any = None, identity: str = ""
+    planner: Planner,
+    store: Store,
+    report: Callable[[str, int, int], None],
+    model: Any = None,
+    identity: str = "",
+    before: Profile | None = None,
 ) -> tuple[Profile | None, tuple[Notice, ...]]:
     """Time what the study's budgets need; times that the store holds already are not taken again.
 
@@ -49,6 +51,7 @@ def study_profile(
         report: called with (phase, done, total).
         model: folder of the model, for runs of the whole; none for a model that only this process has.
         identity: digest of the model.
+        before: the study's own profile of an earlier run.
 
     Returns:
         The profile, none when nothing is timed and no engine is named, and what to know about it.
@@ -57,21 +60,21 @@ def study_profile(
         InputError: an engine that is not installed (E432), a table that cannot be read (E101, E433) or lacks layers
             (E434), a layer without any kernel (E431), too many threads (E435).
     """
-    steps = timed_steps(planner)
+    steps = timed_steps((*planner.asked, *planner.budgets), planner.spec.engine)
     text = planner.spec.engine or (DEFAULT_ENGINE if steps else "")
     if not text:
         return None, ()
     formats = tuple(dict.fromkeys([*planner.formats, Format.parse("bf16")]))
     if text.startswith(_FILE):
         profile = read_profile(Path(text.removeprefix(_FILE)))
-        check_offers(planner.layers, planner.formats, profile.made)
+        check_offers(planner.layers, planner.menu, profile.made, planner.pins)
         return profile, (_of_another(profile),)
-    name, settings = parse_engine(text)
-    threads, count = engine_settings(text)
-    settings = {key: value for key, value in settings.items() if key not in ("threads", "wholes")}
+    name, settings, threads, count = parse_engine(text)
+    check_offers(planner.layers, planner.menu, registry.make("engines", name, **settings), planner.pins)
 
     keeper = Timekeeper(
         threads=threads,
+        before=before,
         known=lambda key: store.get("kernel_time", key),
         # A time is never the same twice, so two that are taken at once are no conflict.
         keep=lambda key, body: store.put("kernel_time", key, {"kernel": body["kernel"]}, volatile=body),
@@ -84,6 +87,7 @@ def study_profile(
         model,
         identity,
         threads,
+        before=before if before and before.identity == profile.identity else None,
         known=lambda key: store.get("whole_time", key),
         keep=lambda key, body: store.put("whole_time", key, {"step": body["step"]}, volatile=body),
         report=lambda done, total: report("whole", done, total),
@@ -92,34 +96,8 @@ def study_profile(
     return profile, (*notices, *more)
 
 
-def engine_settings(text: str) -> tuple[int, int]:
-    """(threads, plans that are run whole) that a study's engine asks for.
-
-    Raises:
-        InputError: not whole numbers (E113).
-
-    >>> engine_settings("onnxruntime:threads=2"), engine_settings("torch")
-    ((2, 7), (1, 0))
-    """
-    if text.startswith(_FILE):
-        return 1, 0
-    name, settings = parse_engine(text or DEFAULT_ENGINE)
-    default = WHOLES if name in registry.names("wholes") else 0
-    return _count(text, "threads", settings.get("threads", 1), 1), _count(
-        text, "wholes", settings.get("wholes", default), 0
-    )
-
-
-def _count(text: str, name: str, value: Any, least: int) -> int:
-    if not isinstance(value, (int, float)) or value != int(value) or value < least:
-        raise InputError("E113", f"engine '{text}': {name} is {value}", advice=f"give a whole number from {least}")
-    return int(value)
-
-
 def _of_another(profile: Profile) -> Notice:
     machine = profile.identity.get("processor") or profile.identity.get("table", "a table")
     gpu = profile.identity.get("gpu", "none")
     where = machine if gpu == "none" else gpu
-    return Notice(
-        "W434", f"latency is that of the table that was named: {profile.engine}, {where}; not of this machine"
-    )
+    return Notice("W434", f"latency is that of the named table ({profile.engine}, {where}), whatever this machine is")

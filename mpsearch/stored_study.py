@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,10 @@ class StoredStudy:
     @property
     def measurements(self) -> list[Measurement]:
         """All measured plans of the study, each with its label; the plan for its own budgets first."""
-        return [Measurement.from_json({**body, "label": label}) for label, body in self._linked("measurement")]
+        found = [Measurement.from_json({**body, "label": label}) for label, body in self._linked("measurement")]
+        # Losses are shared with other studies of the same plan; what it costs is this study's own.
+        costs = {item.plan.assignment: item.plan.cost for item in self.plans}
+        return [replace(item, cost=costs.get(item.plan, item.cost)) for item in found]
 
     @property
     def front(self) -> ParetoFront:
@@ -171,11 +175,6 @@ class StoredStudy:
             by: standard errors that a lead must have not to be listed.
         """
         return self.answer(*budgets).doubts(by)
-
-    @property
-    def planner(self) -> Planner:
-        """Makes plans for the study's own budgets."""
-        return self._planner(self.budgets)
 
     def _planner(self, wanted: Sequence[Budget]) -> Planner:
         survey = self.survey

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mpsearch import registry, rivals
-from mpsearch.budget import TIMED
 from mpsearch.errors import InputError, Notice
 from mpsearch.formats.kv_cache import KvCache, check_length
 from mpsearch.front import ParetoFront
@@ -160,9 +159,12 @@ class Study(StoredStudy):
                 check_covers(estimator, planner.formats)
             if self._work is None:
                 check_length([fmt for fmt in planner.formats if isinstance(fmt, KvCache)], self.spec.length)
-            planner.check([budget for budget in self.budgets if budget.resource not in TIMED])
+            # The others depend on the engine.
+            planner.check([budget for budget in self.budgets if budget.resource in ("weights", "bops", "kv")])
             folder = None if self._work else self.spec.model
-            profile, doubts = study_profile(planner, self.store, self.report, folder, self.identity["model"])
+            known = any(row.name == self.name for row in self.store.studies())
+            before = self.profile if known else None
+            profile, doubts = study_profile(planner, self.store, self.report, folder, self.identity["model"], before)
             self.notices += doubts
             planner = replace(planner, profile=profile)
             planner.check(self.budgets)
@@ -172,7 +174,7 @@ class Study(StoredStudy):
             if rule:
                 self.store.link(self.name, "ratios", ratios_key)
             if profile is not None:
-                if (before := self.profile) is not None:
+                if before is not None:
                     check_same(before.identity, profile.identity, f"study '{self.name}'")
                 self.store.put("profile", profile.key, profile.to_json())
                 self.store.link(self.name, "profile", profile.key)
@@ -222,7 +224,7 @@ class Study(StoredStudy):
         for position, table in enumerate(planner.costs):
             self.store.put("cost", table.key, table.to_json())
             self.store.link(self.name, "cost", table.key, table.resource, position)
-        kernelless = planner.without_kernel.items()
+        kernelless = planner.without_kernel.items() if self.spec.engine.startswith("file:") else ()
         self.notices += [Notice("W131", f"{fmt} is not offered: {reason}") for fmt, reason in kernelless]
         everything = planner.holds_all(self.budgets)
         if everything is not None:

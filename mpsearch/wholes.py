@@ -24,7 +24,7 @@ from mpsearch.plan import BitPlan
 from mpsearch.workload import Step
 
 #: Raised with every change of how whole models are run: it is part of each run's key.
-WHOLE_VERSION = 1
+WHOLE_VERSION = 2
 #: Seconds that the clock may take for one run.
 _LIMIT = 4.0
 
@@ -38,6 +38,7 @@ class Runner:
         identity: digest of the model.
         threads: threads that the engine may use.
         clock: times one run.
+        before: what the same study measured before, which is not measured again.
         known: key -> a run that was kept, or None.
         keep: keeps a run under its key.
         report: called with (done, total).
@@ -47,12 +48,13 @@ class Runner:
     identity: str
     threads: int = 1
     clock: Clock = field(default_factory=lambda: Clock(limit=_LIMIT))
+    before: Profile | None = None
     known: Callable[[str], Mapping[str, Any] | None] = lambda key: None
     keep: Callable[[str, Mapping[str, Any]], None] = lambda key, body: None
     report: Callable[[int, int], None] = lambda done, total: None
 
-    def runs(self, profile: Profile, plans: Mapping[str, BitPlan], steps: Sequence[Step]) -> Iterator[Whole]:
-        """Run plans by label in every pass; a run that ends badly raises.
+    def runs(self, profile: Profile, plans: Mapping[Step, Mapping[str, BitPlan]]) -> Iterator[Whole]:
+        """Run the plans of each pass, by label; a run that ends badly raises.
 
         Raises:
             InputError: the engine cannot run whole models, or not this one (E431), a run crashed or hung (E436), or
@@ -61,11 +63,11 @@ class Runner:
         if profile.engine not in registry.names("wholes"):
             raise InputError("E431", f"{profile.engine} runs single kernels here, not whole models")
         work = registry.make("wholes", profile.engine, model=self.model)
-        total = len(plans) * len(steps)
+        total = sum(map(len, plans.values()))
         done = 0
-        for step in steps:
+        for step, of_step in plans.items():
             with tempfile.TemporaryDirectory(prefix="mpsearch-") as folder:
-                for label, plan in plans.items():
+                for label, plan in of_step.items():
                     self.report(done, total)
                     yield self._run(profile, label, without_rules(plan), step, work, Path(folder))
                     done += 1
@@ -88,6 +90,8 @@ class Runner:
         run = Whole(
             step, label, table, found.seconds, found.low, found.high, found.weights_bytes, found.held_bytes, found.noise
         )
+        if run.noise:
+            return run
         self.keep(key, asdict(run))
         return replace(Whole.from_json(self.known(key) or asdict(run)), label=label, table=table)
 
@@ -104,6 +108,9 @@ def spread_plans(
     """Plans whose sums of kernels lie apart: the fastest, the slowest, and random ones between them.
 
     Each of the random ones gives a share of its decisions the fastest kernel and the others any; the shares differ.
+
+    Raises:
+        InputError: a decision whose kernels all ended badly in this pass (E431).
     """
     engine = profile.made
     options = []
@@ -114,6 +121,8 @@ def spread_plans(
             for fmt in offered
         ]
         there = [k for k in np.argsort(seconds, kind="stable") if np.isfinite(seconds[k])]
+        if not there:
+            raise InputError("E431", f"no kernel of '{row.name}' has a time ({step})")
         options.append([offered[k] for k in there])
     drawn = np.random.default_rng(seed)
     plans = {}
@@ -145,9 +154,11 @@ def corrected(
     """
     if not count or not steps:
         return profile, ()
+    if runner.before is not None and {run.step for run in runner.before.wholes} >= set(steps):
+        return profile.merged(wholes=runner.before.wholes), ()
     try:
-        plans = spread_plans(layers, formats, profile, steps[0], count)
-        wholes = list(runner.runs(profile, plans, steps))
+        plans = {step: spread_plans(layers, formats, profile, step, count) for step in steps}
+        wholes = list(runner.runs(profile, plans))
     except InputError as error:
         text = f"latency is the sum of kernels, not corrected by runs of the whole model: {error.message}"
         return profile, (Notice("W431", text),)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
+from mpsearch.decimals import decimal_text
 from mpsearch.errors import InputError
 
 #: Resource -> what its condition may say, in this order, with what stands when it is left out (None: it must be said).
@@ -100,7 +101,7 @@ def canonical(resource: str, at: str | None) -> str:
     parts = []
     for share, values in parse_mix(resource, at or ""):
         texts = [f"{name} {value}" for name, value in values.items() if name != "batch" or value > 1]
-        parts.append(("" if share == 1 else f"{float(share):g} x ") + ", ".join(texts))
+        parts.append(("" if share == 1 else f"{decimal_text(share)} x ") + ", ".join(texts))
     return f"at {' + '.join(parts)}"
 
 
@@ -115,7 +116,7 @@ def parse_mix(resource: str, condition: str) -> list[tuple[Fraction, dict[str, i
     """
     text = condition.strip().removeprefix("at ").strip()
     parts = [part.strip() for part in text.split("+")]
-    if len(parts) > 1 and resource != "latency":
+    if resource != "latency" and (len(parts) > 1 or _SHARE.fullmatch(text)):
         raise InputError("E111", f"budget of {resource}: only latency has mixes: '{text}'", advice=_advice(resource))
     found = []
     for part in parts:
@@ -124,7 +125,7 @@ def parse_mix(resource: str, condition: str) -> list[tuple[Fraction, dict[str, i
         if not share:
             raise InputError("E111", f"budget of {resource}: a share of 0 in '{text}'", advice="leave that part out")
         found.append((share, _values(resource, match["rest"] if match else part, text)))
-    if len(found) > 1 and sum(share for share, _ in found) != 1:
+    if sum(share for share, _ in found) != 1:
         total = float(sum(share for share, _ in found))
         raise InputError("E111", f"budget of {resource}: the shares of '{text}' add up to {total:g}, not to 1")
     return found

@@ -160,11 +160,14 @@ def test_runs_of_the_whole_model_correct_the_sum() -> None:
     wide = Latency(profile_of([step], tuple(rough), 0.1), "tpot", "at context 512").cost(LAYERS, MENU)
     correction = Correction.fit(rough)
     assert wide.source["margin"] == correction.margin == pytest.approx(1 + 10.66 * correction.residual, rel=1e-3)
-    np.testing.assert_allclose(wide.value, correction.margin * correction.slope * base.value)
+    np.testing.assert_allclose(wide.value, correction.slope * base.value)
+    assert Budget.parse("tpot <= 1 s at context 512").limit(wide) == pytest.approx(1.0 / correction.margin)
     assert predicted(wide, choice)[0] == pytest.approx(correction.intercept + correction.slope * plain)
     assert predicted(wide, choice)[1] >= correction.residual * predicted(wide, choice)[0]
-    other = Latency(profile_of([Step(1, 64)], wholes), "tpot", "at context 64").cost(LAYERS, MENU)
-    assert other.fixed == 0.0  # runs at another context say nothing of this one
+    # Runs at another context say nothing of this one, and a plain sum beside them would look far too fast.
+    with pytest.raises(InputError, match="no whole model was run for this pass: 1 tokens at context 64") as caught:
+        Latency(profile_of([Step(1, 64)], wholes), "tpot", "at context 64").cost(LAYERS, MENU)
+    assert caught.value.code == "E434"
 
 
 def test_a_missing_time_is_a_hole_in_the_table_not_a_missing_kernel() -> None:
@@ -238,13 +241,17 @@ def test_an_engine_keeps_weights_its_own_way() -> None:
 
 def test_measured_activations_go_before_modelled_ones() -> None:
     step = Step(1, 10, 2)
-    run = Whole(step, "", 1.0, 1.0, 1.0, 1.0, weights=1000, peak=51_000)
+    run = Whole(step, "", 1.0, 1.0, 1.0, 1.0, weights=1000, held=51_000)
     table = Memory("at context 10, batch 2", Profile("onnxruntime", wholes=(run,))).cost(LAYERS, MENU)
     caches = 2 * 2 * 10 * 32 * 4
     assert table.source["activations"] == 50_000 - caches
     assert (table.source["activations are"], table.kind) == ("measured", "measured")
     elsewhere = Memory("at context 11, batch 2", Profile("onnxruntime", wholes=(run,))).cost(LAYERS, MENU)
-    assert elsewhere.kind == "modelled"
+    assert elsewhere.source["activations"] == table.source["activations"]  # no jump between neighbours
+    small = replace(run, held=1000)
+    assert (
+        Memory("at context 10, batch 2", Profile("onnxruntime", wholes=(small,))).cost(LAYERS, MENU).kind == "modelled"
+    )
 
 
 def test_long_prompts_are_taken_in_chunks() -> None:
@@ -414,7 +421,7 @@ def test_profiles_travel(small_llama: Path, tmp_path: Path, capsys: pytest.Captu
     )  # fmt: skip
     study = mp.study(**settings)
     study.run()
-    assert any(n.code == "W434" and "not of this machine" in n.message for n in study.notices)
+    assert any(n.code == "W434" and "that of the named table" in n.message for n in study.notices)
     assert study.profile == profile
 
 
@@ -467,11 +474,13 @@ def test_a_study_runs_whole_models_and_corrects_by_them(whole: Any) -> None:
     runs = [run for run in whole.profile.wholes if run.step == step]
     assert [run.label for run in runs] == ["fastest", "random 1", "slowest"]
     assert runs[0].table < runs[2].table
-    assert all(run.seconds > 0 and run.weights > 0 and run.peak > 0 for run in runs)
+    assert all(run.seconds > 0 and run.weights > 0 and run.held > 0 for run in runs)
     table = next(table for table in whole.costs if table.resource == "tpot at context 16")
     assert table.source["passes"][0]["correction"]["runs"] == 3
     correction = whole.profile.correction(step)
-    assert table.fixed == pytest.approx(correction.margin * correction.intercept)
+    assert table.fixed == pytest.approx(correction.intercept)
+    budget = Budget.parse("tpot <= 1 s at context 16")
+    assert budget.limit(table) == pytest.approx(1.0 / correction.margin)
     memory = next(table for table in whole.costs if table.resource == "memory at context 16")
     assert memory.kind == "measured"
     assert not any(notice.code == "W431" for notice in whole.notices)
@@ -538,12 +547,7 @@ def test_other_engines_run_no_whole_models_and_say_so() -> None:
     from mpsearch.wholes import Runner
 
     with pytest.raises(InputError, match="torch runs single kernels here"):
-        next(Runner("", "").runs(Profile("torch"), {}, [Step(1)]))
-    for text, words in (("onnxruntime:wholes=-1", "wholes is -1"), ("onnxruntime:threads=0", "threads is 0")):
-        from mpsearch.profiled import engine_settings
-
-        with pytest.raises(InputError, match=words):
-            engine_settings(text)
+        next(Runner("", "").runs(Profile("torch"), {Step(1): {}}))
 
 
 def test_latency_is_a_target_of_the_library() -> None:

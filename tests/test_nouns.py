@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mpsearch as mp
-from mpsearch.budget import Budget, decimal_text
+from mpsearch.budget import Budget
+from mpsearch.decimals import decimal_text
 from mpsearch.feasible import check_budgets, in_unit
 from mpsearch.format import Format, parse_formats
 from mpsearch.front import Measurement, ParetoFront

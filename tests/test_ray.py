@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,34 @@ def test_kernels_are_timed_where_the_resource_is(cluster: Any, small_llama: Path
     assert caught.value.code == "E432"
 
 
+def nap() -> None:
+    time.sleep(60)
+
+
+def refuse() -> None:
+    raise InputError("E431", "there is no such kernel on this node")
+
+
+def fail() -> None:
+    raise RuntimeError("the disk is gone")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_goes_wrong_on_the_node_is_said_here(cluster: Any) -> None:
+    with pytest.raises(InputError, match="no such kernel on this node") as caught:
+        run_on(cluster.address, "phone", refuse)
+    assert caught.value.code == "E431"
+    with pytest.raises(InputError, match="the disk is gone"):
+        run_on(cluster.address, "phone", fail)
+    with pytest.raises(InputError, match="did not answer within 1 s"):
+        run_on(cluster.address, "phone", nap, patience=1.0)
+    assert run_on(cluster.address, "phone", where)  # the node is free again
+    with pytest.raises(InputError, match="no node of the cluster has the resource 'CPU'"):
+        run_on(cluster.address, "CPU", where)
+
+
 def test_a_cluster_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str], small_llama: Path) -> None:
+    with pytest.raises(InputError, match=r"no Ray cluster at '127\.0\.0\.1:9'"):
+        run_on("127.0.0.1:9", "phone", where)
     assert run(["profile", str(small_llama), "-f", "int8-g64", "--ray", "auto"]) == 2
     assert "--ray and --on go together" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from mpsearch.format import Format
 from mpsearch.hardware import child
 from mpsearch.hardware.bench import Bench
 from mpsearch.hardware.clock import Clock, Timing, bootstrap, reading_seconds
-from mpsearch.hardware.identity import DECIDING, check_same, cores, identity
+from mpsearch.hardware.identity import check_same, cores, identity
 from mpsearch.hardware.kernel import Kernel, KernelTime
 from mpsearch.hardware.latency_table import read_profile
 from mpsearch.hardware.profile import Correction, Profile, Whole
@@ -127,7 +127,7 @@ def test_a_kernel_that_ends_badly_costs_its_cell_alone(hostile: None) -> None:
         found[11] = bench.time(Kernel("linear", 11, 8, "fp32", 1))
     assert [found[rows].status for rows in (1, 2, 3, 4, 5)] == ["refused", "crashed", "timeout", "failed", "crashed"]
     assert found[2].reason == "killed by SIGSEGV"
-    assert found[3].reason == "no answer within 1 s"
+    assert found[3].reason == "no answer within 1.5 s"
     assert found[4].reason == "RuntimeError: shape not supported"
     assert found[5].reason == "ended with exit code 3"
     assert all(math.isnan(found[rows].seconds) for rows in (1, 2, 3, 4, 5))
@@ -207,7 +207,25 @@ def test_weights_are_gone_through_before_one_comes_round_again(monkeypatch: pyte
     child.time_kernel(Spy(), FC, clock=Clock(limit=0.02))  # type: ignore[arg-type]
     many = Kernel("linear", 64, 128, "int4-g64", 128)
     child.time_kernel(Spy(), many, stream=5 * size - 1, clock=Clock(limit=0.02))  # type: ignore[arg-type]
-    assert asked == [5, 1, 4]
+    assert asked == [5, 1, 1, 5]
+
+
+def test_copies_differ_for_equal_ones_would_be_kept_once() -> None:
+    import onnx
+
+    from mpsearch.hardware.engines.onnxruntime import _model_of
+
+    for kind, text in (
+        ("linear", "int4-g64"),
+        ("linear", "bf16"),
+        ("linear", "int8-channel@int8-tensor-asym"),
+        ("embedding", "int8-g64"),
+        ("embedding", "bf16"),
+    ):
+        model = onnx.load_model_from_string(_model_of(Kernel(kind, 64, 128, text, 2), 300))
+        held = [tensor.raw_data for tensor in model.graph.initializer if tensor.name.endswith((".codes", ".weight"))]
+        assert len(held) == len(set(held)) == 300
+        assert len({len(data) for data in held}) == 1
 
 
 # --- which machine
@@ -215,7 +233,7 @@ def test_weights_are_gone_through_before_one_comes_round_again(monkeypatch: pyte
 
 def test_a_machine_is_described_by_what_decides_its_speed() -> None:
     found = identity(2, {"engine": "1.2"})
-    assert set(DECIDING) <= set(found)
+    assert {"processor", "features", "caches", "frequency", "memory", "gpu", "driver"} <= set(found)
     assert found["threads"] == "2"
     assert found["version engine"] == "1.2"
     assert all(isinstance(text, str) and text for text in found.values())
@@ -393,8 +411,12 @@ def test_files_that_are_no_tables_are_refused(tmp_path: Path) -> None:
 
 
 def test_engines_take_settings_as_text() -> None:
-    assert parse_engine("onnxruntime") == ("onnxruntime", {})
-    assert parse_engine("torch:device=cuda,threads=2") == ("torch", {"device": "cuda", "threads": 2.0})
+    assert parse_engine("onnxruntime") == ("onnxruntime", {}, 1, 7)
+    assert parse_engine("torch:device=cuda,threads=2") == ("torch", {"device": "cuda"}, 2, 0)
+    assert make("engines", "openvino", **parse_engine("openvino:inputs=64")[1]).inputs == 64
+    for bad in ("threads=0", "threads=-1", "threads=1.7", "threads=nan", "threads=abc", "wholes=-1", "wholes=inf"):
+        with pytest.raises(InputError, match="give a whole number"):
+            parse_engine(f"onnxruntime:{bad}")
     with pytest.raises(UsageError, match="is not SETTING=VALUE"):
         parse_engine("torch:cuda")
     with pytest.raises(InputError, match="bandwidth is 0"):

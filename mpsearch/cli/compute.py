@@ -183,6 +183,7 @@ def _run(spec: Any, quiet: bool) -> None:
 
 
 def _present(study: Study, seconds: float) -> None:
+    from mpsearch.cli.lines import price_lines
     from mpsearch.cli.show import console, front_table, layer_lines, safe
     from mpsearch.outputs import write_outputs
     from mpsearch.verdict import verdict
@@ -204,6 +205,8 @@ def _present(study: Study, seconds: float) -> None:
     out.print()
     for line in verdict(chosen, measurements, study.costs):
         out.print(safe(line), markup=False)
+    for line in price_lines(chosen.plan):
+        sys.stdout.write(f"{line}\n")
     report, plan = write_outputs(study)
     storage = storage_option(study.spec.storage)
     # Half a bit more than the chosen plan has can always be kept.

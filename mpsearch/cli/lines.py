@@ -20,7 +20,8 @@ def price_lines(plan: BitPlan) -> Iterator[str]:
     for entry in plan.source.get("prices", ()):
         resource = str(entry["budget"]).split(" ")[0]
         unit, size = UNITS.get(resource, ("unit", 1))
-        if entry["price"] > 0:
+        # Prices of the relaxed problem can be a rounding error above none.
+        if entry["price"] * size > 1e-9 * abs(plan.predicted.loss or 0.0):
             saved = f"{entry['price'] * size:.3g} {plan.predicted.unit}"
             yield f"price       one more {unit} of {resource} would save {saved}"
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mpsearch import registry
+from mpsearch.budget import parse_budgets
 from mpsearch.cli.options import DEFAULT_STORAGE, Budgets, Json, Quiet, Storage, open_study
 from mpsearch.errors import InputError, UsageError
 
 if TYPE_CHECKING:
+    from mpsearch.budget import Budget
     from mpsearch.hardware.profile import Whole
     from mpsearch.plan import BitPlan
     from mpsearch.studying import Study
@@ -69,7 +73,8 @@ def measure(
     study = open_study(name, storage)
     try:
         plan = study.plan(*(budget or []))
-        compared = compare(study, plan, model or study.spec.model, limit, quiet or as_json)
+        wanted = parse_budgets(budget) if budget else study.budgets
+        compared = compare(study, plan, wanted, model or study.spec.model, limit, quiet or as_json)
     finally:
         study.store.close()
     if as_json:
@@ -78,34 +83,41 @@ def measure(
     _print(compared)
 
 
-def compare(study: Study, plan: BitPlan, model: str, limit: float, quiet: bool) -> list[Compared]:
-    """Run a plan in every pass that the study's budgets name (see `Compared`).
+def compare(
+    study: Study, plan: BitPlan, budgets: Sequence[Budget], model: str, limit: float, quiet: bool
+) -> list[Compared]:
+    """Run a plan in every pass that budgets name (see `Compared`).
 
     Raises:
-        InputError: the study timed no kernels (E420), or its engine runs no whole models (E431).
+        InputError: the study timed no kernels (E420), its engine runs no whole models (E431), or its times are of
+            another machine (E430).
     """
     from mpsearch.cli.progress import Progress
+    from mpsearch.hardware.bench import Bench
     from mpsearch.hardware.clock import Clock
+    from mpsearch.hardware.identity import check_same
     from mpsearch.hardware.latency import kernel_seconds
-    from mpsearch.profiled import engine_settings, timed_steps
+    from mpsearch.profiled import timed_steps
     from mpsearch.wholes import Runner
 
-    planner = study.planner
     profile = study.profile
-    steps = timed_steps(planner)
+    steps = timed_steps(budgets, study.spec.engine)
     if profile is None or not steps:
         raise InputError(
             "E420", f"study '{study.name}' has timed no kernels",
             advice="start one with a budget of time, such as 'tpot <= 14 ms at context 2048'",
         )  # fmt: skip
     progress = Progress(quiet)
-    threads, _ = engine_settings(study.spec.engine)
+    threads = int(profile.identity.get("threads", "1"))
     runner = Runner(
         model, plan.model.get("digest", ""), threads, Clock(limit=limit),
         report=lambda done, total: progress("whole", done, total),
     )  # fmt: skip
     try:
-        runs = {run.step: run for run in runner.runs(profile, {"plan": plan}, steps)}
+        if profile.engine in registry.names("wholes"):
+            with Bench(profile.engine, profile.settings, threads) as bench:
+                check_same(profile.identity, bench.identity(), f"the profile of study '{study.name}'")
+        runs = {run.step: run for run in runner.runs(profile, {step: {"plan": plan} for step in steps})}
     finally:
         progress.end()
     found = []
@@ -139,13 +151,13 @@ def _memory(study: Study, plan: BitPlan, runs: Any) -> list[Compared]:
     for step, run in runs.items():
         size = run.weights / 2**20
         found.append(Compared(f"weights, {step}", weights / 2**20, 0.0, size, size, size, "MiB", "in the file"))
-        if step.context and run.peak:
+        if step.context and run.held:
             at = f"at context {step.context}" + (f", batch {step.batch}" if step.batch > 1 else "")
             table = Memory(at, profile, study.survey.caches).cost(plan.layers, tuple(plan.formats.values()))
             columns = {text: j for j, text in enumerate(table.formats)}
             cells = [float(table.value[i, columns[str(plan.formats[row.layers[0].name])]])
                      for i, row in enumerate(plan.layers.decisions)]  # fmt: skip
-            total, held = (sum(cells) + table.fixed) / 2**20, run.peak / 2**20
+            total, held = (sum(cells) + table.fixed) / 2**20, run.held / 2**20
             origin = f"activations {table.source['activations are']}"
             found.append(Compared(f"memory {at}", total, 0.0, held, held, held, "MiB", origin))
     return found

@@ -62,6 +62,9 @@ def profile(
     else:
         answer = _with_progress(request, quiet or as_json)
     found, notices = Profile.from_json(answer["profile"]), answer["notices"]
+    if not any(time.status == "ok" for time in found.times):
+        reason = next((time.reason for time in found.times if time.reason), "no layer takes the formats")
+        raise InputError("E431", f"no kernel of {found.engine} could be timed: {reason}")
     found.save(out)
     for notice in notices:
         sys.stderr.write(f"{plain(notice)}\n")
@@ -172,6 +175,7 @@ def _resources() -> Iterator[dict[str, str]]:
 def _engines() -> Iterator[dict[str, Any]]:
     from mpsearch import registry
 
+    whole = registry.names("wholes")
     for name in registry.names("engines"):
         made = registry.load("engines", name)
         # A roofline cannot be set up without its figures; it needs nothing to be installed.
@@ -181,5 +185,5 @@ def _engines() -> Iterator[dict[str, Any]]:
             "name": name,
             "missing": advice,
             "does": (made.__doc__ or "").strip().splitlines()[0].rstrip(".:"),
-            "settings": list(registry.settings("engines", name)),
+            "settings": [*registry.settings("engines", name), "threads", *(["wholes"] if name in whole else [])],
         }

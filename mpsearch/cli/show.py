@@ -58,7 +58,7 @@ def front_table(measurements: Sequence[Measurement], front: ParetoFront, weights
         ("plan", "left"),
         ("bits/weight", "right"),
         ("bytes", "right"),
-        *((f"{name.split(' ')[0]} {unit}", "right") for name, unit, _ in served),
+        *((f"{name.replace(' at ', chr(10) + 'at ')}\n{unit}", "right") for name, unit, _ in served),
         ("loss nats/token", "right"),
         ("against best uniform of at most its bytes", "left"),
     )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable
 from typing import Any
 
-from mpsearch.errors import InputError
+from mpsearch.errors import InputError, MpsearchError
 
 #: What Ray would otherwise do on its own: count its users, and repeat every worker's output.
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
@@ -38,6 +39,7 @@ def run_on(address: str, resource: str, work: Callable[..., Any], *arguments: An
         raise InputError("E432", "Ray is not installed", advice="pip install 'mpsearch[ray]'") from error
     begun = not ray.is_initialized()
     if begun:
+        _check_reached(address)
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -47,14 +49,38 @@ def run_on(address: str, resource: str, work: Callable[..., Any], *arguments: An
             ) from error  # fmt: skip
     try:
         there = ray.cluster_resources()
-        if resource not in there:
+        if resource not in there or resource.startswith(_BUILT_IN):
             own = sorted(name for name in there if not name.startswith(_BUILT_IN))
             raise InputError(
                 "E432", f"no node of the cluster has the resource '{resource}'; there is {', '.join(own) or 'none'}",
                 advice=f"start the node with: ray start --address=… --resources '{{\"{resource}\": 1}}'",
             )  # fmt: skip
         remote = ray.remote(num_cpus=1, resources={resource: 1}, max_retries=0)(work)
-        return ray.get(remote.remote(*arguments), timeout=patience)
+        asked = remote.remote(*arguments)
+        try:
+            return ray.get(asked, timeout=patience)
+        except ray.exceptions.GetTimeoutError as error:
+            ray.cancel(asked, force=True)
+            raise InputError("E432", f"the node with '{resource}' did not answer within {patience:g} s") from error
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, MpsearchError):
+                raise error.cause from None
+            raise InputError("E432", f"the node with '{resource}' failed: {error.cause!r}") from error
     finally:
         if begun:
             ray.shutdown()
+
+
+def _check_reached(address: str) -> None:
+    """Refuse an address where nothing answers; Ray itself would go on trying for minutes.
+
+    Raises:
+        InputError: E432.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or "/" in host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5.0).close()
+    except OSError as error:
+        raise InputError("E432", f"no Ray cluster at '{address}': {error}", advice="ray start --head there") from error

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any
@@ -29,7 +30,8 @@ class Bench:
         settings: of the engine.
         threads: threads that a kernel may use.
         clock: how to time.
-        patience: seconds after which a kernel counts as hanging; it includes loading the library.
+        patience: seconds after which a kernel counts as hanging, beside ten times the clock's limit; it includes
+            loading the library.
 
     >>> with Bench("torch", clock=Clock(limit=0.1)) as bench:
     ...     found = bench.time(Kernel("linear", 64, 64, "fp32", 1))
@@ -84,8 +86,10 @@ class Bench:
             self._child.kill()
             self._child.wait()
             for pipe in (self._child.stdin, self._child.stdout):
-                if pipe is not None:
-                    pipe.close()
+                # What was written to a process that is gone cannot be flushed.
+                with suppress(BrokenPipeError):
+                    if pipe is not None:
+                        pipe.close()
             self._child = None
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any] | str:
@@ -103,9 +107,10 @@ class Bench:
             return self._died(child)
         with selectors.DefaultSelector() as selector:
             selector.register(child.stdout, selectors.EVENT_READ)
-            if not selector.select(self.patience):
+            patience = self.patience + 10 * self.clock.limit
+            if not selector.select(patience):
                 self.close()
-                return f"no answer within {self.patience:g} s"
+                return f"no answer within {patience:g} s"
         answer = child.stdout.readline()
         if not answer:
             return self._died(child)

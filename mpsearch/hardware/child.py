@@ -20,8 +20,8 @@ from mpsearch.hardware.kernel import Engine, Kernel, KernelTime
 
 #: Copies of one weight at most: a tiny one would else be thousands of nodes.
 _MOST_COPIES = 256
-#: From this many tokens on the arithmetic takes the time, and where the weights come from hardly matters.
-_MANY_TOKENS = 32
+#: From this many tokens on, all copies may take longer than the clock has; it then takes as many as it has time for.
+_MANY_TOKENS = 16
 _FEW_COPIES = 4
 
 
@@ -40,9 +40,14 @@ def time_kernel(
     """
     if reason := engine.refuses(kernel):
         return KernelTime(kernel, status="refused", reason=reason)
-    most = _MOST_COPIES if kernel.tokens < _MANY_TOKENS else _FEW_COPIES
-    loaded = engine.load(kernel, max(1, min(most, -(-stream // max(engine.bytes(kernel), 1)))), threads)
-    timing = replace(clock or Clock(), synchronise=engine.wait()).time(loaded.call)
+    clock = replace(clock or Clock(), synchronise=engine.wait(), threads=threads)
+    copies = max(1, min(_MOST_COPIES, -(-stream // max(engine.bytes(kernel), 1))))
+    if kernel.tokens >= _MANY_TOKENS and copies > _FEW_COPIES:
+        once = engine.load(kernel, 1, threads)
+        each = replace(clock, limit=clock.limit / 8, least=3).time(once.call).seconds / once.copies
+        copies = max(_FEW_COPIES, min(copies, int(clock.limit / 8 / each)))
+    loaded = engine.load(kernel, copies, threads)
+    timing = clock.time(loaded.call)
     copies = loaded.copies
     return KernelTime(
         kernel, timing.seconds / copies, timing.low / copies, timing.high / copies, timing.samples, noise=timing.noise

@@ -71,6 +71,8 @@ class Clock:
         warmup: seconds of calls that are not counted, at least two calls.
         least: samples before it may stop; a call that alone takes the whole limit is timed twice.
         synchronise: waits until a call is done, for devices that run on behind; none for a processor.
+        threads: threads that the call uses. With several, how much of the processors they can have is not known, and a
+            sample is disturbed when it had clearly less than the best one.
 
     >>> timing = Clock(limit=0.2).time(lambda: sum(range(1000)))
     >>> 0 < timing.low <= timing.seconds <= timing.high
@@ -82,6 +84,7 @@ class Clock:
     warmup: float = 0.05
     least: int = 11
     synchronise: Callable[[], None] | None = None
+    threads: int = 1
 
     def time(self, call: Callable[[], object]) -> Timing:
         """Time a call."""
@@ -94,7 +97,7 @@ class Clock:
             wait()
             if time.perf_counter() - start > self.limit / 2:
                 break
-        return self._sample(call, wait, _calls(call), start + self.limit)
+        return self._sample(call, wait, _calls(call, wait), start + self.limit)
 
     def _sample(self, call: Callable[[], object], wait: Callable[[], None], calls: int, end: float) -> Timing:
         wall: list[float] = []
@@ -110,20 +113,24 @@ class Clock:
             # A device's time is not the process's own.
             share.append(1.0 if self.synchronise else (time.process_time() - cpu) / taken)
             if len(wall) >= check:
-                kept = _undisturbed(wall, share, self.least)
+                kept = _undisturbed(wall, self._shares(share), self.least)
                 low, high = bootstrap(kept)
                 if high - low <= self.precision * float(np.median(kept)):
                     break
                 check = max(check + 1, int(check * 1.3))
-        kept = _undisturbed(wall, share, self.least)
+        kept = _undisturbed(wall, self._shares(share), self.least)
         low, high = bootstrap(kept)
         quarter = max(1, len(kept) // 4)
         drift = float(np.median(kept[-quarter:]) / np.median(kept[:quarter]) - 1) if len(kept) >= 8 else 0.0
-        disturbed = float(np.mean(np.array(share) < _UNDISTURBED))
+        disturbed = float(np.mean(self._shares(share) < _UNDISTURBED))
         return Timing(float(np.median(kept)), low, high, len(kept), calls, disturbed, drift)
 
+    def _shares(self, share: list[float]) -> NDArray[np.float64]:
+        """How much of the processors each sample had, of what it can have."""
+        return np.array(share) / (max(share) if self.threads > 1 else 1.0)
 
-def _calls(call: Callable[[], object]) -> int:
+
+def _calls(call: Callable[[], object], wait: Callable[[], None]) -> int:
     """Calls that together take long enough for the clock not to matter."""
     wanted = _READINGS * reading_seconds()
     calls = 1
@@ -131,15 +138,16 @@ def _calls(call: Callable[[], object]) -> int:
         before = time.perf_counter()
         for _ in range(calls):
             call()
+        wait()
         taken = time.perf_counter() - before
         if taken >= wanted:
             return calls
         calls = max(2 * calls, int(calls * wanted / max(taken, 1e-9)))
 
 
-def _undisturbed(wall: list[float], share: list[float], least: int) -> NDArray[np.float64]:
+def _undisturbed(wall: list[float], had: NDArray[np.float64], least: int) -> NDArray[np.float64]:
     """The samples in which the process had the processor, or all when these are too few."""
-    every, had = np.array(wall), np.array(share)
+    every = np.array(wall)
     kept = every[had >= _UNDISTURBED]
     return kept if len(kept) >= min(least, len(every)) else every
 

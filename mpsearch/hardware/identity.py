@@ -16,11 +16,6 @@ _FEATURES = (
     "sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni",
     "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "sve", "sve2", "bf16",
 )  # fmt: skip
-#: Fields that must be equal for times of two machines to be one table.
-DECIDING = (
-    "processor", "architecture", "system", "cores", "features", "caches", "frequency", "memory", "threads", "gpu",
-    "driver",
-)  # fmt: skip
 _SYS = Path("/sys/devices/system/cpu/cpu0")
 
 
@@ -33,7 +28,8 @@ def identity(threads: int, versions: Mapping[str, str], device: str = "cpu") -> 
         device: ``cpu`` or ``cuda``.
 
     Returns:
-        Field -> text: those of `DECIDING`, and ``version NAME`` for each version. What cannot be found is ``unknown``.
+        Field -> text: processor, caches, threads, …, and ``version NAME`` for each version. What cannot be found is
+        ``unknown``.
 
     >>> sorted(identity(1, {"engine": "1.0"}))[:3]
     ['architecture', 'caches', 'cores']

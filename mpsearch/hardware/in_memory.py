@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mpsearch.format import Format
 from mpsearch.formats.kv_cache import KvCache
 from mpsearch.hardware.calls import is_head, layer_calls
 from mpsearch.hardware.kernel import Engine
-from mpsearch.layer import Layer
+from mpsearch.layer import Layer, Layers
 from mpsearch.workload import Step
 
 
@@ -54,6 +56,15 @@ def read_bytes(layer: Layer, fmt: Format, step: Step, engine: Engine | None) -> 
         active = sum(often for often, _ in layer_calls(layer, fmt, step))
         return whole / layer.shape[0] * active
     return float(whole)
+
+
+def kept_bytes(layers: Sequence[Layer], engine: Engine | None) -> int:
+    """Bytes of what is left out of the search, as an engine keeps it."""
+    if not isinstance(layers, Layers):
+        return 0
+    if engine is None:
+        return layers.excluded_bytes
+    return sum(kept.weights for kept in layers.excluded) * engine.cache_bits // 8
 
 
 def activation_bytes(layers: list[Layer], rows: int, batch: int, bits: int) -> int:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 #: What a format's name says of how its codes are found.
 _RULE = re.compile(r"-(?:mse|gptq|fisher)\b")
@@ -73,7 +73,16 @@ class KernelTime:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> KernelTime:
+        """Read a time.
+
+        Raises:
+            ValueError: a status that there is not, or a time that is not within its interval above 0.
+        """
         seconds, low, high = (math.nan if data[x] is None else float(data[x]) for x in ("seconds", "low", "high"))
+        if data["status"] not in get_args(Status):
+            raise ValueError(f"status is {data['status']!r}; it may be {', '.join(get_args(Status))}")
+        if data["status"] == "ok" and not 0 < low <= seconds <= high < math.inf:
+            raise ValueError(f"a time of {seconds} s is not between {low} and {high} s, above 0")
         return cls(
             Kernel(**data["kernel"]), seconds, low, high, data["samples"], data["status"], data["reason"], data["noise"]
         )

@@ -33,9 +33,9 @@ class Latency:
 
     A cell is the sum over the passes of the workload of how often the decision's kernels run, times how long each
     takes. Where whole models were run in that pass, each sum is corrected by what they showed (`Correction`): the
-    intercept is ``fixed``, the slope is in the cells, and both are lengthened by a margin (`Correction.margin`) so that
-    19 of 20 plans keep their budgets; `predicted` takes it off again. A cell's standard error counts each kernel's
-    interval; kernels are not independent (one shape serves many layers), so errors add up.
+    intercept is ``fixed``, the slope is in the cells; ``source["margin"]`` (`Correction.margin`) is what limits are
+    divided by so that 19 of 20 plans keep their budgets. A cell's standard error counts each kernel's interval; kernels
+    are not independent (one shape serves many layers), so errors add up.
 
     A format without a kernel is not offered (NaN); ``source["refused"]`` says why. Percentages of a budget refer to the
     model in the engine's 16-bit kernels, or its 32-bit ones where it has no others.
@@ -58,6 +58,7 @@ class Latency:
     def cost(self, layers: Sequence[Layer], formats: Sequence[Format]) -> CostTable:
         rows = decisions(layers)
         engine = self.profile.made
+        self._check_corrected()
         passes = [(count, step, self.profile.correction(step)) for count, step in self.workload.steps]
         value = np.full((len(rows), len(formats)), np.nan)
         spread = np.full(value.shape, np.nan)
@@ -72,17 +73,17 @@ class Latency:
                     refused.setdefault(reason or str(cell), []).append([i, j])
         self._check_rows(rows, value, refused)
         margin = max(correction.margin for _, _, correction in passes)
-        fixed = margin * math.fsum(count * correction.intercept for count, _, correction in passes)
+        fixed = math.fsum(count * correction.intercept for count, _, correction in passes)
         return CostTable(
             tuple(row.name for row in rows),
             tuple(map(str, formats)),
-            margin * value,
-            margin * spread,
+            value,
+            spread,
             unit="s",
             resource=f"{self.resource} {self.condition}".rstrip(),
             kind=self.profile.origin,
             fixed=fixed,
-            reference=self._reference(rows, passes, fixed, margin),
+            reference=self._reference(rows, passes, fixed),
             source={
                 "target": f"latency:{self.profile.engine}",
                 "profile": self.profile.key,
@@ -91,6 +92,7 @@ class Latency:
                     for count, step, correction in passes
                 ],
                 "margin": margin,
+                "modelled": ["which experts run"] if any(x.kind == "expert" for x in layers) else [],
                 "refused": refused,
             },
         )
@@ -124,6 +126,23 @@ class Latency:
     def _named(self, name: str, kernel: Kernel) -> KernelTime | None:
         return self.profile.layers.get((name, kernel.format, kernel.tokens))
 
+    def _check_corrected(self) -> None:
+        """Refuse to set a plain sum of kernels beside passes that runs of the whole model corrected.
+
+        Raises:
+            InputError: E434.
+        """
+        known = {run.step for run in self.profile.wholes}
+        missing = [str(step) for _, step in self.workload.steps if step not in known]
+        if known and missing:
+            raise InputError(
+                "E434",
+                f"no whole model was run for this pass: {', '.join(missing)}",
+                because=f"there are runs of {', '.join(map(str, sorted(known)))}",
+                advice=f"a study with this budget runs it: mpsearch run … --name … --budget "
+                f"'{self.resource} <= … {self.condition}'",
+            )
+
     def _check_rows(self, rows: Sequence[Decision], value: Array, refused: Mapping[str, list[list[int]]]) -> None:
         """Refuse a profile that lacks a decision altogether: that is a hole in the table, not a missing kernel.
 
@@ -137,13 +156,13 @@ class Latency:
         tokens = sorted({time.kernel.tokens for time in self.profile.every})
         raise InputError(
             "E434",
-            f"the times of {self.profile.engine} lack {len(empty)} layers, first '{rows[empty[0]].name}'",
+            f"{len(empty)} decisions have no time with {self.profile.engine}, first '{rows[empty[0]].name}'",
             because=f"{holes[empty[0]]}; it holds {len(self.profile.every)} times, "
             f"at {', '.join(map(str, tokens)) or 'no'} tokens",
-            advice="measure them: mpsearch profile with the same formats and workload, or add the rows",
+            advice="time them: a study with this budget, mpsearch profile with this workload, or more rows",
         )
 
-    def _reference(self, rows: Sequence[Decision], passes: Passes, fixed: float, margin: float) -> float:
+    def _reference(self, rows: Sequence[Decision], passes: Passes, fixed: float) -> float:
         """Seconds of the model as it is; 0 where the profile does not hold them."""
         total = [fixed]
         for row in rows:
@@ -153,7 +172,7 @@ class Latency:
             there = next((cell[0] for cell in cells if isinstance(cell, tuple)), None)
             if there is None:
                 return 0.0
-            total.append(margin * there)
+            total.append(there)
         return math.fsum(total)
 
 
@@ -170,16 +189,13 @@ def kernel_seconds(profile: Profile, plan: BitPlan, step: Step) -> float:
 def predicted(table: CostTable, choice: Sequence[int] | Array) -> tuple[float, float]:
     """Seconds of a choice and their standard error, what is fixed and the residual of the passes included.
 
-    The margin that budgets are kept with is taken off.
-
     >>> table = CostTable(("a",), ("x",), [[2.0]], [[0.1]], "s", "tpot at context 8", "measured", fixed=1.0)
     >>> predicted(table, [0])
     (3.0, 0.1)
     """
     cells = [(i, int(j)) for i, j in enumerate(choice)]
-    margin = float(table.source.get("margin", 1.0))
-    seconds = (math.fsum(float(table.value[cell]) for cell in cells) + table.fixed) / margin
-    error = math.fsum(float(table.spread[cell]) for cell in cells) / margin
+    seconds = math.fsum(float(table.value[cell]) for cell in cells) + table.fixed
+    error = math.fsum(float(table.spread[cell]) for cell in cells)
     residuals = [entry["correction"]["residual"] for entry in table.source.get("passes", ())]
     known = [residual for residual in residuals if residual is not None]
     return seconds, math.hypot(error, max(known, default=0.0) * seconds)

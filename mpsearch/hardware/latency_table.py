@@ -48,6 +48,8 @@ def read_profile(path: Path) -> Profile:
     layers: dict[tuple[str, str, int], KernelTime] = {}
     for number, row in enumerate(rows, start=1):
         layer, found = _time(row, f"'{path}', row {number}")
+        if found.kernel in times or (layer, found.kernel.format, found.kernel.tokens) in layers:
+            raise InputError("E433", f"'{path}', row {number}: a second time of {layer or found.kernel}")
         if layer:
             layers[layer, found.kernel.format, found.kernel.tokens] = found
         else:

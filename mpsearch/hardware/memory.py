@@ -9,12 +9,12 @@ import numpy as np
 
 from mpsearch.format import Format
 from mpsearch.hardware.calls import offered
-from mpsearch.hardware.in_memory import activation_bytes, cache_bytes, weight_bytes
+from mpsearch.hardware.in_memory import activation_bytes, cache_bytes, kept_bytes, weight_bytes
 from mpsearch.hardware.kernel import Engine
 from mpsearch.hardware.profile import Profile
-from mpsearch.layer import Decision, Layer, Layers, decisions
+from mpsearch.layer import Decision, Layer, decisions
 from mpsearch.tables import CostTable
-from mpsearch.workload import Step, parse_mix
+from mpsearch.workload import parse_mix
 
 #: Engines take long prompts in chunks of so many tokens.
 CHUNK = 512
@@ -25,8 +25,8 @@ class Memory:
     """Bytes of weights and KV caches of a batch of sequences, and of what a pass needs beside them.
 
     Weights and caches count as the engine keeps them; without an engine as in our own files. What is left out of the
-    search is fixed. So are activations: measured, where the profile holds a whole model's run of one token at that
-    context and batch; else modelled for a chunk of the prompt (`CHUNK` tokens of each sequence).
+    search is fixed. So are activations: modelled for a chunk of the prompt (`CHUNK` tokens of each sequence), or what a
+    whole model was measured to hold beside weights and caches in any decode step, where that is more.
 
     Attributes:
         condition: such as ``at context 8192, batch 4``.
@@ -54,7 +54,7 @@ class Memory:
             return float(caches + sum(weight_bytes(layer, fmt, engine) for layer in row.layers))
 
         value = offered(rows, formats, engine, cell)
-        kept = _kept(layers, engine)
+        kept = kept_bytes(layers, engine)
         plain = Format.parse("kv-bf16")
         caches = sum(cache_bytes(layer, plain, context, batch, engine) for layer in self.caches)
         activations, origin = self._activations(layers, context, batch, engine)
@@ -80,23 +80,19 @@ class Memory:
 
     def _activations(self, layers: Sequence[Layer], context: int, batch: int, engine: Engine | None) -> tuple[int, str]:
         """Bytes beside weights and caches, and whether they are measured or modelled."""
-        step = Step(1, context, batch)
-        peak = self.profile.peak(step) if self.profile else None
-        if peak is None or engine is None:
-            bits = 16 if engine is None else engine.cache_bits
-            return activation_bytes(list(layers), batch * min(CHUNK, context), batch, bits), "modelled"
+        bits = 16 if engine is None else engine.cache_bits
+        modelled = activation_bytes(list(layers), batch * min(CHUNK, context), batch, bits)
+        if engine is None or self.profile is None:
+            return modelled, "modelled"
         plain = Format.parse("kv-bf16")
-        caches = sum(cache_bytes(layer, plain, context, batch, engine) for layer in (*layers, *self.caches))
-        return max(0, peak - caches), "measured"
-
-
-def _kept(layers: Sequence[Layer], engine: Engine | None) -> int:
-    """Bytes of what is left out of the search."""
-    if not isinstance(layers, Layers):
-        return 0
-    if engine is None:
-        return layers.excluded_bytes
-    return sum(kept.weights for kept in layers.excluded) * engine.cache_bits // 8
+        beside = [
+            run.held - run.weights
+            - sum(cache_bytes(x, plain, run.step.context, run.step.batch, engine) for x in (*layers, *self.caches))
+            for run in self.profile.wholes if run.held and run.step.tokens == 1
+        ]  # fmt: skip
+        # A decode step holds less than the prefill of a long prompt before it.
+        measured = max(beside, default=0)
+        return (measured, "measured") if measured >= modelled else (modelled, "modelled")
 
 
 def _at_16_bits(layers: Sequence[Layer], context: int, batch: int, engine: Engine | None) -> int:

@@ -21,7 +21,7 @@ from mpsearch.spread import student_factor
 from mpsearch.workload import Step
 
 SCHEMA = "mpsearch/profile"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 Origin = Literal["measured", "modelled"]
 #: 95 % quantile of the normal distribution.
 _ONE_SIDED = 1.6448536269514722
@@ -39,7 +39,7 @@ class Whole:
         low: lower end of its 95 % interval.
         high: upper end.
         weights: bytes of weights that the engine was given.
-        peak: bytes of memory that it took at most, weights included.
+        held: bytes of memory that it held after running, weights included.
         noise: what makes it doubtful.
     """
 
@@ -50,12 +50,18 @@ class Whole:
     low: float
     high: float
     weights: int = 0
-    peak: int = 0
+    held: int = 0
     noise: str = ""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Whole:
         return cls(**{**data, "step": Step(**data["step"])})
+
+
+def _one_of(name: str, value: Any, allowed: Sequence[str]) -> Any:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it may be {', '.join(allowed)}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,7 @@ class Correction:
         >>> round(found.intercept, 6), round(found.slope, 6), found.residual < 1e-9, found.runs
         (1.0, 1.1, True, 3)
         """
+        wholes = [run for run in wholes if math.isfinite(run.table)]
         if not wholes:
             return cls()
         table, whole = (np.array([getattr(run, name) for run in wholes]) for name in ("table", "seconds"))
@@ -176,11 +183,6 @@ class Profile:
         """What makes a sum of kernels a whole pass, from the runs of that very step."""
         return Correction.fit([run for run in self.wholes if run.step == step])
 
-    def peak(self, step: Step) -> int | None:
-        """Bytes that a pass takes beside its weights, caches included: the most of all runs of that step."""
-        found = [run.peak - run.weights for run in self.wholes if run.step == step and run.peak]
-        return max(found, default=None)
-
     def merged(self, times: Iterable[KernelTime] = (), wholes: Iterable[Whole] = ()) -> Profile:
         """This profile with more; a kernel that is timed again takes the new time."""
         every = self._by_kernel | {time.kernel: time for time in times}
@@ -215,7 +217,9 @@ class Profile:
             raise InputError("E433", "not a profile: it lacks the schema 'mpsearch/profile'", advice="mpsearch profile")
         if data.get("version") != SCHEMA_VERSION:
             raise InputError(
-                "E433", f"a profile of version {data.get('version')!r}; this mpsearch reads {SCHEMA_VERSION}"
+                "E433",
+                f"a profile of version {data.get('version')!r}; this mpsearch reads {SCHEMA_VERSION}",
+                advice="time again: mpsearch profile, or a study of another name",
             )
         try:
             of_layers = [(str(row["layer"]), KernelTime.from_json(row)) for row in data["layers"]]
@@ -226,7 +230,7 @@ class Profile:
                 tuple(KernelTime.from_json(row) for row in data["times"]),
                 tuple(Whole.from_json(row) for row in data["wholes"]),
                 {(name, time.kernel.format, time.kernel.tokens): time for name, time in of_layers},
-                data["origin"],
+                _one_of("origin", data["origin"], ("measured", "modelled")),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError("E433", f"a profile that cannot be read: {type(error).__name__} {error}") from error

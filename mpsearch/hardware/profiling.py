@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from mpsearch import registry
@@ -26,9 +27,11 @@ from mpsearch.tables import CostTable
 from mpsearch.workload import Step, Workload, canonical
 
 #: Raised with every change of how kernels are timed: it is part of each time's key.
-TIMING_VERSION = 1
+TIMING_VERSION = 2
 #: More would take longer to load than to time; most caches are smaller.
 _MOST_STREAM = 2**28
+#: Plans that are run whole in each pass, unless ``wholes=…`` of the engine says otherwise.
+WHOLES = 7
 #: A first kernel that takes this much longer, or less, in the end says that the machine changed meanwhile.
 _DRIFT = 0.1
 
@@ -40,6 +43,7 @@ class Timekeeper:
     Attributes:
         threads: threads that a kernel may use.
         clock: times one kernel.
+        before: what the same study timed before, good or bad, which is not timed again.
         known: key -> a time that was kept, or None.
         keep: keeps a time under its key.
         report: called with (done, total).
@@ -47,6 +51,7 @@ class Timekeeper:
 
     threads: int = 1
     clock: Clock = field(default_factory=Clock)
+    before: Profile | None = None
     known: Callable[[str], Mapping[str, Any] | None] = lambda key: None
     keep: Callable[[str, Mapping[str, Any]], None] = lambda key, body: None
     report: Callable[[int, int], None] = lambda done, total: None
@@ -86,36 +91,47 @@ class Timekeeper:
             )
         check_offers(layers, formats, made)
         wanted = kernels(decisions(layers), formats, steps, made)
+        lacking = tuple(_lacking(layers, formats, made)) if steps else ()
         if isinstance(made, Roofline):
             times = tuple(made.model(kernel) for kernel in wanted)
-            return Profile(engine, settings, {}, times, origin="modelled"), (_modelled(),)
+            return Profile(engine, settings, {}, times, origin="modelled"), (_modelled(), *lacking)
+        before = machine_load().get("steal", 0.0)
         with Bench(engine, settings, self.threads, self.clock) as bench:
             identity = bench.identity()
             streams = {Kernel.of("", 0, 0, str(fmt), 0).format: stream_bytes(layers, fmt, made) for fmt in formats}
-            timed = list(self._times(bench, identity, wanted, streams))
+            timed = [
+                (_marked(time) if is_new else time, is_new)
+                for time, is_new in self._times(bench, identity, wanted, streams)
+            ]
             new = any(is_new for _, is_new in timed)
             again = bench.time(wanted[0], streams[wanted[0].format]) if new else None
         profile = Profile(engine, settings, identity, tuple(time for time, _ in timed))
-        return profile, (*_noise(profile, again), *_ended_badly(profile))
+        stolen = machine_load().get("steal", 0.0) - before
+        return profile, (*lacking, *_noise(profile, again, stolen), *_ended_badly(profile))
 
     def _times(
         self, bench: Bench, identity: Mapping[str, str], wanted: Sequence[Kernel], streams: Mapping[str, int]
     ) -> Iterator[tuple[KernelTime, bool]]:
         """(time, whether it is new) of each kernel; one that was disturbed is timed once more."""
-        clock = {name: value for name, value in asdict(self.clock).items() if name != "synchronise"}
+        clock = {name: value for name, value in asdict(self.clock).items() if name not in ("synchronise", "threads")}
         for done, kernel in enumerate(wanted):
             self.report(done, len(wanted))
             stream = streams[kernel.format]
             made_by = [TIMING_VERSION, identity, bench.engine, dict(bench.settings), clock, stream, asdict(kernel)]
             key = content_key(made_by)
+            before = self.before.time(kernel) if self.before and self.before.identity == identity else None
             body = self.known(key)
-            if body is not None:
-                yield KernelTime.from_json(body), False
+            if before is not None or body is not None:
+                yield before or KernelTime.from_json(body or {}), False
                 continue
             found = bench.time(kernel, stream)
             if found.noise:
                 second = bench.time(kernel, stream)
                 found = second if second.status == "ok" and not second.noise else found
+            if found.noise or found.status not in ("ok", "refused"):
+                # Others should not plan with what one bad hour showed.
+                yield found, True
+                continue
             self.keep(key, found.to_json())
             # Whoever kept a time first is right: everyone then plans with the same one.
             yield KernelTime.from_json(self.known(key) or found.to_json()), True
@@ -133,13 +149,23 @@ def stream_bytes(layers: Sequence[Layer], fmt: Format, engine: Engine) -> int:
     return int(min(_MOST_STREAM, max(2 * largest_private_cache(), 2 ** round(math.log2(size)))))
 
 
-def check_offers(layers: Sequence[Layer], formats: Sequence[Format], engine: Engine) -> None:
-    """Refuse a menu that leaves a decision without a kernel.
+def check_offers(
+    layers: Sequence[Layer], formats: Sequence[Format], engine: Engine, pins: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Refuse a menu, or a pin, that leaves a decision without a kernel.
 
     Raises:
         InputError: E431, naming the layer and what each format lacks.
     """
     for row in decisions(layers):
+        if row.name in pins:
+            pinned = next(filter(None, (refuses(x, Format.parse(pins[row.name]), engine) for x in row.layers)), "")
+            if pinned:
+                raise InputError(
+                    "E431", f"'{row.name}' is pinned to {pins[row.name]}, which {engine.name} has no kernel for",
+                    because=pinned, advice="pin it to another format",
+                )  # fmt: skip
+            continue
         reasons = [next(filter(None, (refuses(x, fmt, engine) for x in row.layers)), "") for fmt in formats]
         caches = row.layers[0].kind == "kv_cache"
         concerned = [r for r, fmt in zip(reasons, formats, strict=True) if (fmt.family == "kv") == caches]
@@ -167,8 +193,7 @@ def latency_here(
         InputError: not a workload (E111, E113); as `Timekeeper.profile`.
     """
     resource, passes, at = parse_workload(workload)
-    name, settings = parse_engine(engine)
-    threads = int(settings.pop("threads", 1))
+    name, settings, threads, _ = parse_engine(engine)
     steps = [step for _, step in passes.steps]
     profile, _ = Timekeeper(threads=threads).profile(name, settings, layers, formats, steps)
     return Latency(profile, resource, at).cost(layers, formats)
@@ -190,9 +215,7 @@ def profile_request(
     Raises:
         InputError: as `Timekeeper.profile`; a workload that is none (E111, E113).
     """
-    name, settings = parse_engine(request["engine"])
-    threads = int(settings.pop("threads", 1))
-    settings.pop("wholes", None)
+    name, settings, threads, _ = parse_engine(request["engine"])
     menu = tuple(dict.fromkeys([*parse_formats(request["formats"]), Format.parse("bf16")]))
     steps = dict.fromkeys(step for text in request["workloads"] for _, step in parse_workload(text)[1].steps)
     keeper = Timekeeper(threads=threads, clock=Clock(limit=request["limit"]), report=report)
@@ -218,14 +241,16 @@ def parse_workload(text: str) -> tuple[str, Workload, str]:
     return resource, Workload.parse(resource, at), at
 
 
-def parse_engine(text: str) -> tuple[str, dict[str, Any]]:
-    """Read ``NAME`` or ``NAME:SETTING=VALUE,…``.
+def parse_engine(text: str) -> tuple[str, dict[str, Any], int, int]:
+    """Read ``NAME`` or ``NAME:SETTING=VALUE,…`` into (name, settings, threads, plans that are run whole).
+
+    ``threads`` is 1 and ``wholes`` is `WHOLES` unless said, or 0 for engines that run no whole models.
 
     Raises:
-        UsageError: a setting without a value (E115).
+        UsageError: a setting without a value (E115). InputError: threads or wholes that are no such numbers (E113).
 
-    >>> parse_engine("roofline:bandwidth=25e9,peak=1e12")
-    ('roofline', {'bandwidth': 25000000000.0, 'peak': 1000000000000.0})
+    >>> parse_engine("torch:device=cuda,threads=2")
+    ('torch', {'device': 'cuda'}, 2, 0)
     """
     name, _, rest = text.partition(":")
     settings: dict[str, Any] = {}
@@ -233,19 +258,51 @@ def parse_engine(text: str) -> tuple[str, dict[str, Any]]:
         key, sign, value = item.partition("=")
         if not sign:
             raise UsageError("E115", f"engine '{text}': '{item}' is not SETTING=VALUE", advice="torch:device=cuda")
+        settings[key.strip()] = _value(value.strip())
+    threads = settings.pop("threads", 1)
+    wholes = settings.pop("wholes", WHOLES if name in registry.names("wholes") else 0)
+    for what, count, least in (("threads", threads, 1), ("wholes", wholes, 0)):
+        if not isinstance(count, int) or count < least:
+            raise InputError("E113", f"engine '{text}': {what} is {count}", advice=f"give a whole number from {least}")
+    return name, settings, threads, wholes
+
+
+def _value(text: str) -> int | float | str:
+    for kind in (int, float):
         try:
-            settings[key.strip()] = float(value)
+            return kind(text)
         except ValueError:
-            settings[key.strip()] = value.strip()
-    return name, settings
+            continue
+    return text
+
+
+def _lacking(layers: Sequence[Layer], formats: Sequence[Format], engine: Engine) -> Iterator[Notice]:
+    """Formats that some decision could take and the engine has no kernel for."""
+    rows = decisions(layers)
+    for fmt in formats:
+        takes = [row for row in rows if not any(map(fmt.refuses, row.layers))]
+        why = [next(filter(None, (refuses(x, fmt, engine) for x in row.layers)), "") for row in takes]
+        lacks = [(row.name, reason) for row, reason in zip(takes, why, strict=True) if reason]
+        if lacks:
+            where = f"{len(lacks)} of {len(takes)} decisions, first '{lacks[0][0]}'"
+            yield Notice("W131", f"{fmt} is not offered for {where}: {lacks[0][1]}")
 
 
 def _modelled() -> Notice:
     return Notice("W432", "latency is modelled by a roofline, not measured: check a plan on the machine itself")
 
 
-def _noise(profile: Profile, again: KernelTime | None) -> Iterator[Notice]:
+def _marked(time: KernelTime) -> KernelTime:
+    """A new time, with a mark when the machine was busy with other work."""
+    load = machine_load().get("load", 0.0)
+    busy = f"{load:.1f} processes wanted {cores()} processors" if load > cores() + 1 else ""
+    return replace(time, noise=time.noise or busy)
+
+
+def _noise(profile: Profile, again: KernelTime | None, stolen: float) -> Iterator[Notice]:
     """What says that the machine was busy."""
+    if again is not None and stolen > 1.0:
+        yield Notice("W430", f"the machine's host took {stolen:.1f} s of processor time away meanwhile")
     load = machine_load().get("load", 0.0)
     if again is not None and load > 0.75 * cores() + 1:
         yield Notice("W430", f"the machine is busy: {load:.1f} processes wanted its {cores()} processors")

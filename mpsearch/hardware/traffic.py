@@ -14,9 +14,9 @@ import numpy as np
 from mpsearch.errors import InputError
 from mpsearch.format import Format
 from mpsearch.hardware.calls import offered
-from mpsearch.hardware.in_memory import read_bytes
+from mpsearch.hardware.in_memory import kept_bytes, read_bytes
 from mpsearch.hardware.kernel import Engine
-from mpsearch.layer import Decision, Layer, Layers, decisions
+from mpsearch.layer import Decision, Layer, decisions
 from mpsearch.tables import Array, CostTable
 from mpsearch.workload import Workload
 
@@ -43,11 +43,10 @@ class Traffic:
     def cost(self, layers: Sequence[Layer], formats: Sequence[Format]) -> CostTable:
         rows = decisions(layers)
         value = offered(rows, formats, self.engine, lambda row, fmt: self.read(row, fmt))
-        kept = float(layers.excluded_bytes) if isinstance(layers, Layers) else 0.0
-        kept += self.read_caches()
-        bits = 16 if self.engine is None else self.engine.cache_bits
-        weights = sum(layer.weights for layer in layers) * bits / 8
-        return _table(rows, formats, value, f"traffic {self.condition}", "bytes", kept, kept + weights)
+        kept = kept_bytes(layers, self.engine) + self.read_caches()
+        plain = {kind: Format.parse(text) for kind, text in ((False, "bf16"), (True, "kv-bf16"))}
+        as_it_is = [self.read(row, plain[row.layers[0].kind == "kv_cache"]) for row in rows]
+        return _table(rows, formats, value, f"traffic {self.condition}", "bytes", kept, kept + math.fsum(as_it_is))
 
     def read_caches(self) -> float:
         """Bytes that one step reads of the caches that are not decided."""
@@ -65,7 +64,7 @@ class Energy:
     """Joules of one decode step, by a user's table of picojoules: modelled.
 
     A decision costs its multiply-adds times those of its format, and the bytes that it reads times those of a byte.
-    A format that the table lacks is not offered. Caches that are not decided are read at the dearest byte.
+    A format that the table lacks is not offered. What is not decided is read at the dearest byte.
 
     Attributes:
         condition: such as ``at context 512``.
@@ -88,7 +87,8 @@ class Energy:
         rows = decisions(layers)
         value = offered(rows, formats, self.engine, self._cell)
         byte = max((price for _, price in self.prices.values()), default=0.0)
-        fixed = _PICO * byte * Traffic(self.condition, self.engine, self.caches).read_caches()
+        caches = Traffic(self.condition, self.engine, self.caches).read_caches()
+        fixed = _PICO * byte * (caches + kept_bytes(layers, self.engine))
         return _table(rows, formats, value, f"energy {self.condition}", "J", fixed, 0.0)
 
     def _cell(self, row: Decision, fmt: Format) -> float:
@@ -127,7 +127,7 @@ def read_energy(path: Path) -> dict[str, tuple[float, float]]:
     if not path.is_file():
         raise InputError("E101", f"energy: '{path}' is not a file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         rows = json.loads(text) if path.suffix == ".json" else list(csv.DictReader(text.splitlines()))
         found = {str(row["format"]): (float(row["pj_per_mac"]), float(row["pj_per_byte"])) for row in rows}
     except (KeyError, TypeError, ValueError) as error:

@@ -53,7 +53,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     for made in session.get_outputs():
         held = ort.OrtValue.ortvalue_from_numpy(np.zeros(made.shape, dtype=np.float32))
         binding.bind_ortvalue_output(made.name, held)
-    timing = Clock(**request["clock"]).time(lambda: session.run_with_iobinding(binding))
+    timing = Clock(**{**request["clock"], "threads": request["threads"]}).time(
+        lambda: session.run_with_iobinding(binding)
+    )
     now, most = memory()
     logits = binding.get_outputs()[0].numpy()
     if not np.isfinite(logits).all():

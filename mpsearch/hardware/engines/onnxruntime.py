@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,6 +19,8 @@ _BLOCKS = (16, 32, 64, 128, 256)
 #: Multiplies in int8 and adds in int32. The levels below are up to 100 times slower with 2 or 8 bits.
 ACCURACY_LEVEL = 4
 _INPUTS = ("int8-tensor-asym", "int8-tensor-asym-static")
+#: A file of ONNX holds 2 GiB with everything in it.
+_MOST_WEIGHT = 2**31 - 2**24
 #: Bytes of outputs that all copies of a kernel may write.
 _MOST_OUTPUT = 64 * 2**20
 OPSET = 21
@@ -41,7 +43,7 @@ class OnnxRuntime:
     extra: ClassVar[str] = "onnx"
     fuses: ClassVar[bool] = False
     cache_bits: ClassVar[int] = 32
-    device: str = "cpu"
+    device: str = field(default="cpu", init=False)
 
     def missing(self) -> str:
         return missing_packages("onnx", "onnxruntime")
@@ -52,7 +54,7 @@ class OnnxRuntime:
     def refuses(self, kernel: Kernel) -> str:
         fmt: Any = Format.parse(kernel.format)
         if fmt.weight.family == "plain":
-            return f"ONNX Runtime rounds no inputs of {fmt.weight}" if fmt.activation else ""
+            return f"ONNX Runtime rounds no inputs of {fmt.weight}" if fmt.activation else self._too_large(kernel)
         if fmt.weight.family != "int":
             return f"ONNX Runtime multiplies integers and fp32, not {fmt}"
         if fmt.activation is not None:
@@ -80,6 +82,10 @@ class OnnxRuntime:
         if kernel.columns % fmt.group:
             return f"{kernel.columns} columns are no multiple of the group of {fmt.group}"
         return ""
+
+    def _too_large(self, kernel: Kernel) -> str:
+        large = self.bytes(kernel) > _MOST_WEIGHT
+        return f"a weight of {self.bytes(kernel) / 2**30:.1f} GiB is more than one file holds" if large else ""
 
     def bytes(self, kernel: Kernel) -> int:
         """Codes packed, fp32 scales, packed zero points; 4 bytes for a float."""
@@ -135,7 +141,8 @@ def _model_of(kernel: Kernel, copies: int) -> bytes:
         [helper.make_tensor_value_info(f"y{copy}", TensorProto.FLOAT, None) for copy in range(copies)],
         initializer=tensors,
     )
-    # The same numbers in other memory: drawing them anew would take longer than the timing.
+    # Drawing all numbers anew would take longer than the timing, but each copy must differ: ONNX Runtime keeps weights
+    # of equal content once, and would run all copies on one that stays in the cache.
     for copy in range(1, copies):
         for node in nodes:
             other = graph.node.add()
@@ -146,6 +153,10 @@ def _model_of(kernel: Kernel, copies: int) -> bytes:
             held = graph.initializer.add()
             held.CopyFrom(tensor)
             held.name = tensor.name.replace("w0", f"w{copy}", 1)
+            if tensor.name in ("w0.codes", "w0.weight"):
+                first = np.float32(0.01 + copy / 2**16).tobytes() if tensor.data_type == TensorProto.FLOAT else None
+                mark = first or copy.to_bytes(4, "little")
+                held.raw_data = mark + tensor.raw_data[4:]
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
     text: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
     return text
