@@ -26,7 +26,7 @@ class Itemised:
     Attributes:
         resource: with its condition, such as ``tpot at context 512``.
         amount: in ``unit``.
-        spread: standard error in ``unit``; 0 for exact and modelled figures.
+        spread: standard error in ``unit``; 0 for exact and modelled figures. Of memory: how far below it a run was.
         unit: such as ``ms``.
         origin: where the figure is from, in words.
     """
@@ -56,6 +56,7 @@ def itemised(plan: BitPlan, costs: Sequence[CostTable]) -> Iterator[Itemised]:
             amount, spread = predicted(table, choice)
         where = origin(table)
         if name == "memory":
+            spread = float(table.source["spread"])
             where += f"; what is decided {(amount - table.fixed) / size:,.4g} {unit}"
         yield Itemised(table.resource, amount / size, spread / size, unit, where)
 

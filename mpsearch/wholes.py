@@ -75,7 +75,7 @@ class Runner:
 
     def _run(self, profile: Profile, label: str, plan: BitPlan, step: Step, work: Any, folder: Path) -> Whole:
         formats = {name: str(fmt) for name, fmt in plan.formats.items()}
-        clock = {name: value for name, value in asdict(self.clock).items() if name != "synchronise"}
+        clock = {name: value for name, value in asdict(self.clock).items() if name != "stopwatch"}
         key = content_key([WHOLE_VERSION, dict(profile.identity), self.identity, formats, asdict(step), clock])
         table = kernel_seconds(profile, plan, step)
         body = self.known(key)

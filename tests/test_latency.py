@@ -498,6 +498,7 @@ def test_measure_compares_what_was_predicted(whole: Any, capsys: pytest.CaptureF
     command = ["measure", whole.name, "--storage", whole.spec.storage, "--limit", "0.5"]
     assert run([*command, "--latency", "--json"]) == 0
     rows = {row["what"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["tpot <= 1 s at context 16"]["note"] == "kept"
     time_row = rows["1 tokens at context 16"]
     assert time_row["low"] <= time_row["measured"] <= time_row["high"]
     assert time_row["off"] == pytest.approx(time_row["predicted"] / time_row["measured"] - 1)

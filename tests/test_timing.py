@@ -7,6 +7,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,6 +68,20 @@ def test_waiting_is_not_working_and_is_seen() -> None:
     assert "something else had the processor" in timing.noise
 
 
+def test_a_device_is_timed_by_its_own_clock() -> None:
+    ran = []
+
+    def watch(work: Any) -> float:
+        work()
+        ran.append(1)
+        return 0.25
+
+    timing = Clock(limit=0.05, stopwatch=watch).time(lambda: time.sleep(0.001))
+    assert timing.seconds == 0.25  # whatever the wall says
+    assert timing.disturbed == 0.0
+    assert len(ran) >= timing.samples
+
+
 def test_what_changes_while_it_is_timed_is_seen() -> None:
     assert "the last samples were +50 % off" in Timing(1.0, 0.99, 1.01, 40, 1, 0.0, 0.5).noise
     assert "interval is 30 % wide" in Timing(1.0, 0.9, 1.2, 40, 1, 0.0, 0.0).noise
@@ -98,7 +113,7 @@ class Hostile:
     def versions(self): return {"hostile": "1.0"}
     def refuses(self, kernel): return "no such thing" if kernel.rows == 1 else ""
     def bytes(self, kernel): return 8
-    def wait(self): return None
+    def stopwatch(self): return None
     def load(self, kernel, copies, threads):
         from mpsearch.hardware.kernel import Loaded
         print("chatter on stdout", flush=True)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mpsearch import registry
-from mpsearch.budget import parse_budgets
+from mpsearch.budget import TIMED, parse_budgets
 from mpsearch.cli.options import DEFAULT_STORAGE, Budgets, Json, Quiet, Storage, open_study
 from mpsearch.errors import InputError, UsageError
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from mpsearch.hardware.profile import Whole
     from mpsearch.plan import BitPlan
     from mpsearch.studying import Study
+    from mpsearch.workload import Step
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,31 @@ def compare(
             f"corrected by {correction.runs} runs" if correction.runs else "not corrected"
         )
         found.append(_milliseconds(str(step), predicted, error, run, "; ".join(filter(None, (made, run.noise)))))
-    return [*found, *_memory(study, plan, runs)]
+    return [*_budgets(budgets, study, plan, runs), *found, *_memory(study, plan, runs)]
+
+
+def _budgets(budgets: Sequence[Budget], study: Study, plan: BitPlan, runs: Mapping[Step, Whole]) -> Iterator[Compared]:
+    """Each budget of time, predicted and measured, and whether it is kept."""
+    from mpsearch.hardware.latency import Latency, predicted
+    from mpsearch.workload import Workload
+
+    assert study.profile is not None
+    for budget in budgets:
+        if budget.resource not in TIMED:
+            continue
+        table = Latency(study.profile, budget.resource, budget.condition).cost(
+            plan.layers, tuple(dict.fromkeys(plan.formats.values()))
+        )
+        columns = {name: j for j, name in enumerate(table.formats)}
+        choice = [columns[str(plan.formats[row.layers[0].name])] for row in plan.layers.decisions]
+        seconds, error = predicted(table, choice)
+        passes = [(count, runs[step]) for count, step in Workload.parse(budget.resource, budget.condition).steps]
+        took, low, high = (
+            math.fsum(count * getattr(run, name) for count, run in passes) for name in ("seconds", "low", "high")
+        )
+        limit = budget.limit(table) * table.source["margin"]
+        kept = "kept" if high <= limit else "NOT kept" if low > limit else "kept or not: within its interval"
+        yield Compared(str(budget), 1e3 * seconds, 1e3 * error, 1e3 * took, 1e3 * low, 1e3 * high, "ms", kept)
 
 
 def _milliseconds(what: str, predicted: float, error: float, run: Whole, note: str) -> Compared:
@@ -158,8 +184,8 @@ def _memory(study: Study, plan: BitPlan, runs: Any) -> list[Compared]:
             cells = [float(table.value[i, columns[str(plan.formats[row.layers[0].name])]])
                      for i, row in enumerate(plan.layers.decisions)]  # fmt: skip
             total, held = (sum(cells) + table.fixed) / 2**20, run.held / 2**20
-            origin = f"activations {table.source['activations are']}"
-            found.append(Compared(f"memory {at}", total, 0.0, held, held, held, "MiB", origin))
+            origin, error = f"activations {table.source['activations are']}", table.source["spread"] / 2**20
+            found.append(Compared(f"memory {at}", total, error, held, held, held, "MiB", origin))
     return found
 
 

@@ -61,7 +61,7 @@ class Bench:
             kernel: what to run.
             stream: bytes of weights to go through before one comes round again (see `child.time_kernel`).
         """
-        clock = {key: value for key, value in asdict(self.clock).items() if key != "synchronise"}
+        clock = {key: value for key, value in asdict(self.clock).items() if key != "stopwatch"}
         request = {"kernel": asdict(kernel), "clock": clock, "stream": stream}
         found = self._ask(request)
         if isinstance(found, str):

@@ -40,7 +40,7 @@ def time_kernel(
     """
     if reason := engine.refuses(kernel):
         return KernelTime(kernel, status="refused", reason=reason)
-    clock = replace(clock or Clock(), synchronise=engine.wait(), threads=threads)
+    clock = replace(clock or Clock(), stopwatch=engine.stopwatch(), threads=threads)
     copies = max(1, min(_MOST_COPIES, -(-stream // max(engine.bytes(kernel), 1))))
     if kernel.tokens >= _MANY_TOKENS and copies > _FEW_COPIES:
         once = engine.load(kernel, 1, threads)

@@ -6,9 +6,13 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
+
+#: Runs work and returns the seconds that it took.
+Stopwatch = Callable[[Callable[[], object]], float]
 
 #: A sample takes at least this many readings of the clock, so that reading it is under 1 % of what is timed.
 _READINGS = 200
@@ -70,7 +74,7 @@ class Clock:
         limit: stop after so many seconds, warm-up included.
         warmup: seconds of calls that are not counted, at least two calls.
         least: samples before it may stop; a call that alone takes the whole limit is timed twice.
-        synchronise: waits until a call is done, for devices that run on behind; none for a processor.
+        stopwatch: runs work and returns its seconds by the clock of a device that runs on behind; none for a processor.
         threads: threads that the call uses. With several, how much of the processors they can have is not known, and a
             sample is disturbed when it had clearly less than the best one.
 
@@ -83,35 +87,32 @@ class Clock:
     limit: float = 2.0
     warmup: float = 0.05
     least: int = 11
-    synchronise: Callable[[], None] | None = None
+    stopwatch: Stopwatch | None = None
     threads: int = 1
 
     def time(self, call: Callable[[], object]) -> Timing:
         """Time a call."""
-        wait = self.synchronise or (lambda: None)
+        watch = self.stopwatch or _wall
         start = time.perf_counter()
         count = 0
         while count < 2 or time.perf_counter() - start < min(self.warmup, self.limit / 4):
-            call()
+            watch(call)
             count += 1
-            wait()
             if time.perf_counter() - start > self.limit / 2:
                 break
-        return self._sample(call, wait, _calls(call, wait), start + self.limit)
+        return self._sample(call, watch, _calls(call, watch), start + self.limit)
 
-    def _sample(self, call: Callable[[], object], wait: Callable[[], None], calls: int, end: float) -> Timing:
+    def _sample(self, call: Callable[[], object], watch: Stopwatch, calls: int, end: float) -> Timing:
         wall: list[float] = []
         share: list[float] = []
         check = self.least
+        work = partial(_repeat, call, calls)
         while len(wall) < 2 or time.perf_counter() < end:
-            cpu, before = time.process_time(), time.perf_counter()
-            for _ in range(calls):
-                call()
-            wait()
-            taken = time.perf_counter() - before
+            cpu = time.process_time()
+            taken = watch(work)
             wall.append(taken / calls)
             # A device's time is not the process's own.
-            share.append(1.0 if self.synchronise else (time.process_time() - cpu) / taken)
+            share.append(1.0 if self.stopwatch else (time.process_time() - cpu) / taken)
             if len(wall) >= check:
                 kept = _undisturbed(wall, self._shares(share), self.least)
                 low, high = bootstrap(kept)
@@ -130,16 +131,23 @@ class Clock:
         return np.array(share) / (max(share) if self.threads > 1 else 1.0)
 
 
-def _calls(call: Callable[[], object], wait: Callable[[], None]) -> int:
+def _wall(work: Callable[[], object]) -> float:
+    before = time.perf_counter()
+    work()
+    return time.perf_counter() - before
+
+
+def _repeat(call: Callable[[], object], calls: int) -> None:
+    for _ in range(calls):
+        call()
+
+
+def _calls(call: Callable[[], object], watch: Stopwatch) -> int:
     """Calls that together take long enough for the clock not to matter."""
     wanted = _READINGS * reading_seconds()
     calls = 1
     while True:
-        before = time.perf_counter()
-        for _ in range(calls):
-            call()
-        wait()
-        taken = time.perf_counter() - before
+        taken = watch(partial(_repeat, call, calls))
         if taken >= wanted:
             return calls
         calls = max(2 * calls, int(calls * wanted / max(taken, 1e-9)))

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
+from mpsearch.hardware.clock import Stopwatch
+
 #: What a format's name says of how its codes are found.
 _RULE = re.compile(r"-(?:mse|gptq|fisher)\b")
 
@@ -152,6 +154,6 @@ class Engine(Protocol):
         """Make a kernel ready, with about so many copies of a random weight."""
         ...
 
-    def wait(self) -> Callable[[], None] | None:
-        """What waits until the device is done; none for a processor."""
+    def stopwatch(self) -> Stopwatch | None:
+        """What times work on the device by the device's own clock; none for a processor."""
         ...

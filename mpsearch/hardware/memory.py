@@ -57,7 +57,7 @@ class Memory:
         kept = kept_bytes(layers, engine)
         plain = Format.parse("kv-bf16")
         caches = sum(cache_bytes(layer, plain, context, batch, engine) for layer in self.caches)
-        activations, origin = self._activations(layers, context, batch, engine)
+        activations, origin, spread = self._activations(layers, context, batch, engine)
         fixed = float(kept + caches + activations)
         return CostTable(
             tuple(row.name for row in rows),
@@ -75,15 +75,18 @@ class Memory:
                 "caches": caches,
                 "activations": activations,
                 "activations are": origin,
+                "spread": spread,
             },
         )
 
-    def _activations(self, layers: Sequence[Layer], context: int, batch: int, engine: Engine | None) -> tuple[int, str]:
-        """Bytes beside weights and caches, and whether they are measured or modelled."""
+    def _activations(
+        self, layers: Sequence[Layer], context: int, batch: int, engine: Engine | None
+    ) -> tuple[int, str, int]:
+        """Bytes beside weights and caches, whether they are measured or modelled, and by how much runs differ."""
         bits = 16 if engine is None else engine.cache_bits
         modelled = activation_bytes(list(layers), batch * min(CHUNK, context), batch, bits)
         if engine is None or self.profile is None:
-            return modelled, "modelled"
+            return modelled, "modelled", 0
         plain = Format.parse("kv-bf16")
         beside = [
             run.held - run.weights
@@ -92,7 +95,9 @@ class Memory:
         ]  # fmt: skip
         # A decode step holds less than the prefill of a long prompt before it.
         measured = max(beside, default=0)
-        return (measured, "measured") if measured >= modelled else (modelled, "modelled")
+        if measured < modelled:
+            return modelled, "modelled", 0
+        return measured, "measured", measured - min(beside)
 
 
 def _at_16_bits(layers: Sequence[Layer], context: int, batch: int, engine: Engine | None) -> int:

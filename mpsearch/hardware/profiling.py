@@ -113,7 +113,7 @@ class Timekeeper:
         self, bench: Bench, identity: Mapping[str, str], wanted: Sequence[Kernel], streams: Mapping[str, int]
     ) -> Iterator[tuple[KernelTime, bool]]:
         """(time, whether it is new) of each kernel; one that was disturbed is timed once more."""
-        clock = {name: value for name, value in asdict(self.clock).items() if name not in ("synchronise", "threads")}
+        clock = {name: value for name, value in asdict(self.clock).items() if name not in ("stopwatch", "threads")}
         for done, kernel in enumerate(wanted):
             self.report(done, len(wanted))
             stream = streams[kernel.format]

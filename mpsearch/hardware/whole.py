@@ -127,7 +127,7 @@ def save(proto: Any, path: Path) -> None:
 
 
 def _measured(step: Step, request: dict[str, Any], clock: Clock, size: int, patience: float) -> WholeTime:
-    settings = {key: value for key, value in asdict(clock).items() if key != "synchronise"}
+    settings = {key: value for key, value in asdict(clock).items() if key != "stopwatch"}
     threads = {name: str(request["threads"]) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     try:
         ended = subprocess.run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from mpsearch.errors import InputError
 from mpsearch.format import Format
 from mpsearch.formats.gguf_types import BLOCKS
+from mpsearch.hardware.clock import Stopwatch
 from mpsearch.hardware.kernel import Kernel, Loaded
 from mpsearch.layer import Layer
 
@@ -135,7 +136,7 @@ class LlamaCpp:
         """Bytes of the tensor in a GGUF file; repacking keeps them."""
         return Format.parse(kernel.format).bytes(Layer("weight", "linear", (kernel.rows, kernel.columns)))
 
-    def wait(self) -> Callable[[], None] | None:
+    def stopwatch(self) -> Stopwatch | None:
         return None
 
     def load(self, kernel: Kernel, copies: int, threads: int) -> Loaded:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpsearch.format import Format
+from mpsearch.hardware.clock import Stopwatch
 from mpsearch.hardware.engines.packages import missing_packages, package_versions
 from mpsearch.hardware.kernel import Kernel, Loaded
 
@@ -99,7 +100,7 @@ class OnnxRuntime:
         zeros = kernel.rows * math.ceil(kernel.columns // fmt.group * fmt.bits / 8) if fmt.asymmetric else 0
         return int(weights * fmt.bits // 8 + 4 * groups + zeros)
 
-    def wait(self) -> Callable[[], None] | None:
+    def stopwatch(self) -> Stopwatch | None:
         return None
 
     def load(self, kernel: Kernel, copies: int, threads: int) -> Loaded:

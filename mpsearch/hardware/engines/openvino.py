@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ import numpy as np
 from mpsearch.errors import InputError
 from mpsearch.format import Format
 from mpsearch.formats.mx import BLOCK as MX_BLOCK
+from mpsearch.hardware.clock import Stopwatch
 from mpsearch.hardware.engines.coded_weight import pack, random_weight
 from mpsearch.hardware.engines.packages import missing_packages, package_versions
 from mpsearch.hardware.kernel import Kernel, Loaded
@@ -135,7 +136,7 @@ class OpenVino:
         zeros = -(-groups * bits // 8) if fmt.asymmetric or bits == 2 else 0
         return weights * bits // 8 + 4 * groups + zeros
 
-    def wait(self) -> Callable[[], None] | None:
+    def stopwatch(self) -> Stopwatch | None:
         return None
 
     def load(self, kernel: Kernel, copies: int, threads: int) -> Loaded:

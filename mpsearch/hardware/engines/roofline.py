@@ -11,6 +11,7 @@ import numpy as np
 
 from mpsearch.errors import InputError
 from mpsearch.format import Format
+from mpsearch.hardware.clock import Stopwatch
 from mpsearch.hardware.kernel import Kernel, KernelTime, Loaded
 from mpsearch.layer import Layer
 
@@ -65,7 +66,7 @@ class Roofline:
     def bytes(self, kernel: Kernel) -> int:
         return Format.parse(kernel.format).bytes(_layer(kernel))
 
-    def wait(self) -> Callable[[], None] | None:
+    def stopwatch(self) -> Stopwatch | None:
         return None
 
     def load(self, kernel: Kernel, copies: int, threads: int) -> Loaded:

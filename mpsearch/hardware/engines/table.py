@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from mpsearch.errors import InputError
 from mpsearch.format import Format
+from mpsearch.hardware.clock import Stopwatch
 from mpsearch.hardware.kernel import Kernel, Loaded
 from mpsearch.layer import Layer
 
@@ -38,7 +39,7 @@ class Table:
     def bytes(self, kernel: Kernel) -> int:
         return Format.parse(kernel.format).bytes(Layer("kernel", kernel.kind, (kernel.rows, kernel.columns)))
 
-    def wait(self) -> Callable[[], None] | None:
+    def stopwatch(self) -> Stopwatch | None:
         return None
 
     def load(self, kernel: Kernel, copies: int, threads: int) -> Loaded:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mpsearch.errors import InputError
 from mpsearch.format import Format
+from mpsearch.hardware.clock import Stopwatch
 from mpsearch.hardware.engines.coded_weight import random_weight
 from mpsearch.hardware.engines.packages import missing_packages, package_versions
 from mpsearch.hardware.kernel import Kernel, Loaded
@@ -128,12 +129,20 @@ class Torch:
             return weights + 2 * kernel.rows
         return weights // 2 + 4 * kernel.rows * (kernel.columns // int(fmt.group))
 
-    def wait(self) -> Callable[[], None] | None:
+    def stopwatch(self) -> Stopwatch | None:
         if self.device == "cpu":
             return None
         import torch
 
-        return torch.cuda.synchronize
+        def timed(work: Callable[[], object]) -> float:  # not yet run on a GPU
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start.record()
+            work()
+            end.record()
+            torch.cuda.synchronize()
+            return float(start.elapsed_time(end)) / 1e3
+
+        return timed
 
     def load(self, kernel: Kernel, copies: int, threads: int) -> Loaded:
         import torch
@@ -247,7 +256,8 @@ def _int4_weight(kernel: Kernel, copies: int, device: str) -> list[Product]:
         pairs = (flat[:, ::2] << 4 | flat[:, 1::2]).to(device, torch.uint8)
         packed = torch.ops.aten._convert_weight_to_int4pack(pairs, tiles)
         multiply = torch.ops.aten._weight_int4pack_mm
-    return _each(lambda x, weight: multiply(x, weight, group, beside), _clones(packed, copies))
+    weights = zip(_clones(packed, copies), _clones(beside, copies), strict=True)
+    return _each(lambda x, weight: multiply(x, weight[0], group, weight[1]), weights)
 
 
 def _int8_pair(kernel: Kernel, copies: int, device: str) -> list[Product]:

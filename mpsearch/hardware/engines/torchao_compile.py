@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mpsearch.format import Format
+from mpsearch.hardware.clock import Stopwatch
 from mpsearch.hardware.engines.packages import missing_packages, package_versions
 from mpsearch.hardware.kernel import Kernel, Loaded
 
@@ -72,7 +73,7 @@ class TorchAoCompile:
         weights = kernel.rows * kernel.columns
         return 2 * weights if kernel.format == "bf16" else weights + 4 * kernel.rows
 
-    def wait(self) -> Callable[[], None] | None:
+    def stopwatch(self) -> Stopwatch | None:
         return None
 
     def load(self, kernel: Kernel, copies: int, threads: int) -> Loaded:
