@@ -104,9 +104,7 @@ class Bench:
 
     def predict(self, plan: BitPlan, resource: str) -> tuple[float, float]:
         table = next(table for table in self.planner.costs if table.resource.startswith(resource))
-        columns = {name: j for j, name in enumerate(table.formats)}
-        choice = [columns[str(plan.formats[row.layers[0].name])] for row in plan.layers.decisions]
-        return predicted(table, choice)
+        return predicted(table, plan.choice(table.formats))
 
     def run(self, plans: dict[str, BitPlan], step: Step) -> dict[str, Whole]:
         return {run.label: run for run in self.runner.runs(self.profile, {step: plans})}
@@ -154,9 +152,7 @@ def predict_part(bench: Bench, count: int) -> None:
             seconds, error = bench.predict(plan, resource)
             memory = Memory(f"at context {step.context or step.tokens}", replace(bench.profile, wholes=()))
             cost = memory.cost(bench.layers, bench.planner.formats)
-            columns = {name: j for j, name in enumerate(cost.formats)}
-            cells = [float(cost.value[i, columns[str(plan.formats[row.layers[0].name])]])
-                     for i, row in enumerate(plan.layers.decisions)]  # fmt: skip
+            cells = cost.value[range(len(cost.layers)), plan.choice(cost.formats)]
             bytes_ = math.fsum(cells) + cost.fixed
             off.append((table / run.seconds - 1, seconds / run.seconds - 1))
             print(

@@ -269,7 +269,7 @@ def cost(model: Any, formats: Sequence[str], target: str = "bytes", *, batch: An
     menu = parse_formats(formats)
     check_menu(found, menu)
     if target.startswith("latency:"):
-        from mpsearch.hardware.profiling import latency_here
+        from mpsearch.hardware.requests import latency_here
 
         return latency_here(found, menu, target.removeprefix("latency:"), **settings)
     table: CostTable = registry.make("targets", target, **settings).cost(found, menu)

@@ -44,8 +44,7 @@ class Itemised:
 
 def itemised(plan: BitPlan, costs: Sequence[CostTable]) -> Iterator[Itemised]:
     """Itemise what a plan takes of every resource that a budget can name beside weights and BOPs."""
-    columns = {name: j for j, name in enumerate(costs[0].formats)} if costs else {}
-    choice = [columns.get(str(plan.formats[row.layers[0].name]), -1) for row in plan.layers.decisions]
+    choice = plan.choice(costs[0].formats if costs else ())
     for table in costs:
         name = table.resource.split(" ")[0]
         if name in ("weights", "bops") or name not in UNITS or -1 in choice:
@@ -66,12 +65,13 @@ def origin(table: CostTable) -> str:
     if table.resource.startswith("memory"):
         parts = (("left as it is", "kept"), ("caches not decided", "caches"), ("activations", "activations"))
         items = [f"{name} {table.source[key] / 2**20:.4g} MiB" for name, key in parts if table.source.get(key)]
-        return f"weights and caches exact, activations {table.source['activations are']} ({', '.join(items)})"
+        beside = " in decode steps" if table.source["activations are"] == "measured" else ""
+        return f"weights and caches exact, activations {table.source['activations are']}{beside} ({', '.join(items)})"
     passes = [entry["correction"] for entry in table.source.get("passes", ())]
     if not passes:
         return table.kind
     if table.kind == "modelled":
-        return "modelled by a roofline, not measured"
+        return "modelled, not measured"
     guess = f" ({', '.join(table.source['modelled'])} modelled)" if table.source.get("modelled") else ""
     if not all(correction["runs"] for correction in passes):
         return f"{table.kind} kernels{guess} added up, without attention, norms and calls"

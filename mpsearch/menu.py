@@ -136,14 +136,16 @@ class Menu:
                 raise InputError("E130", f"activation '{text}' fits no layer: {self.why_not(pairs[0])}")
         if self.spec.activations and "16" not in self.spec.activations:
             self._ask_for_activations(mask)
-        for decision, row in zip(self.layers.decisions, mask, strict=True):
+        for i, (decision, row) in enumerate(zip(self.layers.decisions, mask, strict=True)):
             if np.isnan(row).all():
                 cache = decision.layers[0].kind == "kv_cache"
                 offered = [fmt for fmt in self.menu if (fmt.family == "kv") == cache]
                 layer = next(
                     (x for x in decision.layers if all(fmt.refuses(x) for fmt in offered)), decision.layers[-1]
                 )
-                reason = next((fmt.refuses(layer) for fmt in offered if fmt.refuses(layer)), "no format is offered")
+                shapes = [fmt.refuses(layer) for fmt in offered]
+                kernels = [self._no_kernel(i, j) for j, fmt in enumerate(self.formats) if fmt in offered]
+                reason = next(filter(None, [*shapes, *kernels]), "no format is offered")
                 raise InputError("E130", f"layer '{layer.name}': {reason}", advice="offer another format as well")
         return mask
 
@@ -202,9 +204,7 @@ class Menu:
             except InputError:
                 # A profile need not hold formats that are not on the menu.
                 return math.nan
-        columns = {name: j for j, name in enumerate(table.formats)}
-        cells = ((i, columns[str(plan.formats[row.layers[0].name])]) for i, row in enumerate(self.layers.decisions))
-        return math.fsum(float(table.value[cell]) for cell in cells) + table.fixed
+        return math.fsum(table.value[np.arange(len(table.layers)), plan.choice(table.formats)]) + table.fixed
 
     @cached_property
     def without_kernel(self) -> Mapping[Format, str]:
@@ -212,15 +212,19 @@ class Menu:
         if self.profile is None:
             return {}
         found = {}
-        refused = [table.source["refused"] for table in self.costs if "refused" in table.source]
         for j, fmt in enumerate(self.menu):
             rows = [i for i, row in enumerate(self.layers.decisions) if not any(map(fmt.refuses, row.layers))]
-            reasons = [
-                why for table in refused for why, cells in table.items() for i, k in cells if k == j and i in rows
-            ]
-            if not refused:
-                concerned = (self.layers.decisions[i].layers for i in rows)
-                reasons = [why for row in concerned for x in row if (why := refuses(x, fmt, self.profile.made))]
-            if rows and len(reasons) >= len(rows):
-                found[fmt] = Counter(reasons).most_common(1)[0][0]
+            lacks = [self._no_kernel(i, j) for i in rows]
+            if rows and all(lacks):
+                found[fmt] = Counter(lacks).most_common(1)[0][0]
         return found
+
+    def _no_kernel(self, i: int, j: int) -> str:
+        """Why decision i has no kernel, or no time, in format j; empty when it has or nothing is timed."""
+        if self.profile is None:
+            return ""
+        row, fmt = self.layers.decisions[i], self.formats[j]
+        reasons = [refuses(layer, fmt, self.profile.made) for layer in row.layers]
+        tables = (table.source["refused"] for table in self.costs if "refused" in table.source)
+        reasons += [why for table in tables for why, cells in table.items() if [i, j] in cells]
+        return next(filter(None, reasons), "")

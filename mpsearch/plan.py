@@ -95,6 +95,17 @@ class BitPlan:
         check_apart(self.layers)
         object.__setattr__(self, "formats", {name: self.formats[name] for name in names})
 
+    def choice(self, formats: Sequence[str]) -> list[int]:
+        """Column of each decision's format in a table; -1 where the table has none.
+
+        >>> from mpsearch.layer import Layer
+        >>> plan = BitPlan(Layers((Layer("fc", "linear", (8, 64)),)), {"fc": Format.parse("int4-g64")})
+        >>> plan.choice(["int8-g64", "int4-g64"]), plan.choice(["bf16"])
+        ([1], [-1])
+        """
+        columns = {name: j for j, name in enumerate(formats)}
+        return [columns.get(str(self.formats[row.layers[0].name]), -1) for row in self.layers.decisions]
+
     @property
     def loss(self) -> float | None:
         """Predicted loss increase."""

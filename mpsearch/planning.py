@@ -266,8 +266,7 @@ class Planner(Menu):
 
     def predict(self, scores: SensitivityTable, plan: BitPlan) -> BitPlan:
         """Add the predicted loss to a plan that was not solved for."""
-        columns = {name: j for j, name in enumerate(scores.formats)}
-        choice = [columns.get(str(plan.formats[row.layers[0].name]), -1) for row in self.layers.decisions]
+        choice = plan.choice(scores.formats)
         cells = [(i, j) for i, j in enumerate(choice) if j >= 0]
         settled = self.settled(scores)
         values = [float(settled.value[cell]) for cell in cells]

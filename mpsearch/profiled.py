@@ -12,7 +12,8 @@ from mpsearch.errors import Notice
 from mpsearch.format import Format
 from mpsearch.hardware.latency_table import read_profile
 from mpsearch.hardware.profile import Profile
-from mpsearch.hardware.profiling import Timekeeper, check_offers, parse_engine
+from mpsearch.hardware.profiling import Timekeeper, check_offers
+from mpsearch.hardware.requests import parse_engine
 from mpsearch.wholes import Runner, corrected
 from mpsearch.workload import Step, Workload
 
@@ -81,8 +82,11 @@ def study_profile(
         report=lambda done, total: report("profile", done, total),
     )
     profile, notices = keeper.profile(name, settings, planner.layers, formats, steps)
-    if model is None or profile.origin == "modelled":
+    if profile.origin == "modelled":
         return profile, notices
+    if steps and (model is None or name not in registry.names("wholes")):
+        why = f"{name} runs no whole models here" if model is not None else "the model is not a folder"
+        return profile, (*notices, Notice("W431", f"latency is the sum of kernels, not corrected: {why}"))
     runner = Runner(
         model,
         identity,

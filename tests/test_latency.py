@@ -343,9 +343,28 @@ def test_formats_without_a_kernel_are_not_offered_and_said(served: tuple[Any, Pa
     study, _ = served
     assert all("int3" not in str(fmt) for item in study.plans for fmt in item.plan.formats.values())
     assert any(n.code == "W131" and "int3-g64 is not offered" in n.message for n in study.notices)
-    assert any(item.label == "uniform int2-g64" for item in study.plans) or not any(
-        item.label.startswith("uniform") for item in study.plans
-    )
+    assert not any(item.label.startswith("uniform int3") for item in study.plans)
+    assert any(item.label.startswith("uniform int4-g64") for item in study.plans)
+
+
+def test_a_format_is_without_kernel_only_where_no_decision_has_one() -> None:
+    from mpsearch.planning import Planner
+    from mpsearch.spec import StudySpec
+
+    layers = Layers((Layer("embed", "embedding", (96, 64)), Layer("fc", "linear", (64, 64), macs=64 * 64)))
+    formats = ("int2-g64", "int3-g64", "int8-g64")
+    steps = [Step(1, 512), Step(8)]
+    wanted = kernels(layers.decisions, [Format.parse(text) for text in (*formats, "bf16")], steps, ORT)
+    profile = Profile("onnxruntime", times=tuple(KernelTime(kernel, 1e-6, 1e-6, 1e-6, 9) for kernel in wanted))
+    budgets = ("tpot <= 1 s at context 512", "ttft <= 1 s at prompt 8")
+    spec = StudySpec(model="given", calibration="given", formats=formats, budgets=budgets)
+    planner = Planner(spec, layers, {}, profile=profile)
+    # The embedding has no 2 bits under either budget; the linear layer has.
+    assert [str(fmt) for fmt in planner.without_kernel] == ["int3-g64"]
+    none = Planner(StudySpec(model="given", calibration="given", formats=("int3-g64",), budgets=budgets), layers, {})
+    with pytest.raises(InputError, match="kernels of 4, 8 bits here, not 3") as caught:
+        _ = Planner(none.spec, layers, {}, profile=profile).mask
+    assert caught.value.code == "E130"
 
 
 def test_stored_times_serve_other_budgets(served: tuple[Any, Path]) -> None:

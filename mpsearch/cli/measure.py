@@ -147,9 +147,7 @@ def _budgets(budgets: Sequence[Budget], study: Study, plan: BitPlan, runs: Mappi
         table = Latency(study.profile, budget.resource, budget.condition).cost(
             plan.layers, tuple(dict.fromkeys(plan.formats.values()))
         )
-        columns = {name: j for j, name in enumerate(table.formats)}
-        choice = [columns[str(plan.formats[row.layers[0].name])] for row in plan.layers.decisions]
-        seconds, error = predicted(table, choice)
+        seconds, error = predicted(table, plan.choice(table.formats))
         passes = [(count, runs[step]) for count, step in Workload.parse(budget.resource, budget.condition).steps]
         took, low, high = (
             math.fsum(count * getattr(run, name) for count, run in passes) for name in ("seconds", "low", "high")
@@ -179,11 +177,11 @@ def _memory(study: Study, plan: BitPlan, runs: Any) -> list[Compared]:
         found.append(Compared(f"weights, {step}", weights / 2**20, 0.0, size, size, size, "MiB", "in the file"))
         if step.context and run.held:
             at = f"at context {step.context}" + (f", batch {step.batch}" if step.batch > 1 else "")
-            table = Memory(at, profile, study.survey.caches).cost(plan.layers, tuple(plan.formats.values()))
-            columns = {text: j for j, text in enumerate(table.formats)}
-            cells = [float(table.value[i, columns[str(plan.formats[row.layers[0].name])]])
-                     for i, row in enumerate(plan.layers.decisions)]  # fmt: skip
-            total, held = (sum(cells) + table.fixed) / 2**20, run.held / 2**20
+            table = Memory(at, profile, study.survey.caches).cost(
+                plan.layers, tuple(dict.fromkeys(plan.formats.values()))
+            )
+            cells = table.value[range(len(table.layers)), plan.choice(table.formats)]
+            total, held = (math.fsum(cells) + table.fixed) / 2**20, run.held / 2**20
             origin, error = f"activations {table.source['activations are']}", table.source["spread"] / 2**20
             found.append(Compared(f"memory {at}", total, error, held, held, held, "MiB", origin))
     return found

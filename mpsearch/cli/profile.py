@@ -39,7 +39,7 @@ def profile(
     mpsearch run ./model --engine file:profile.json --budget 'tpot <= 14 ms at context 2048' …
     """
     from mpsearch.hardware.profile import Profile
-    from mpsearch.hardware.profiling import profile_request
+    from mpsearch.hardware.requests import profile_request
     from mpsearch.spec import DEFAULT_FORMATS
 
     if out.suffix != ".json":
@@ -123,7 +123,7 @@ def _layers(model: str) -> Layers:
 
 def _with_progress(request: Mapping[str, Any], quiet: bool) -> dict[str, Any]:
     from mpsearch.cli.progress import Progress
-    from mpsearch.hardware.profiling import profile_request
+    from mpsearch.hardware.requests import profile_request
 
     progress = Progress(quiet)
     try:

@@ -8,11 +8,12 @@ import selectors
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from mpsearch.errors import InputError
 from mpsearch.hardware.clock import Clock
@@ -45,6 +46,7 @@ class Bench:
     clock: Clock = field(default_factory=Clock)
     patience: float = 120.0
     _child: subprocess.Popen[str] | None = field(default=None, init=False, repr=False)
+    _said: IO[bytes] = field(default_factory=tempfile.TemporaryFile, init=False, repr=False)
 
     def __enter__(self) -> Bench:
         return self
@@ -53,6 +55,7 @@ class Bench:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        self._said.close()
 
     def time(self, kernel: Kernel, stream: int = 0) -> KernelTime:
         """Time a kernel; what goes wrong is in its status.
@@ -121,7 +124,7 @@ class Bench:
         threads = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
         return subprocess.Popen(
             [sys.executable, "-m", "mpsearch.hardware.child"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, encoding="utf-8",
             env={**os.environ, **_QUIET, **threads},
         )  # fmt: skip
 
@@ -133,4 +136,6 @@ class Bench:
                 return f"killed by {signal.Signals(-code).name}"
             except ValueError:
                 return f"killed by signal {-code}"
-        return f"ended with exit code {code}"
+        self._said.seek(0)
+        last = self._said.read().decode(errors="replace").strip().rpartition("\n")[2][:300]
+        return f"ended with exit code {code}" + (f": {last}" if last else "")
