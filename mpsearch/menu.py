@@ -13,6 +13,7 @@ import numpy as np
 
 from mpsearch import registry
 from mpsearch.budget import TIMED, Budget, conditions
+from mpsearch.capabilities import Capabilities, cannot_hold, capabilities
 from mpsearch.errors import InputError
 from mpsearch.feasible import allowed
 from mpsearch.format import Format, join
@@ -55,6 +56,15 @@ class Menu:
         return (*weights, *(Format.parse(text) for text in self.spec.kv))
 
     @cached_property
+    def able(self) -> Capabilities | None:
+        """What the target can hold; none without a target."""
+        return capabilities(self.spec.target) if self.spec.target else None
+
+    def refuses(self, layer: Layer, fmt: Format) -> str:
+        """Say why a layer cannot take a format, by its shape or for the target's sake; empty when it can."""
+        return fmt.refuses(layer) or (self.able.refuses(layer, fmt) if self.able else "")
+
+    @cached_property
     def pins(self) -> Mapping[str, str]:
         """Decision name -> the format it must take.
 
@@ -66,8 +76,8 @@ class Menu:
         for pattern, fmt in self.spec.pins.items():
             wanted = Format.parse(fmt)
             for layer in self.layers.match(pattern):
-                if wanted.refuses(layer):
-                    raise InputError("E130", f"pin '{pattern}': layer '{layer.name}': {wanted.refuses(layer)}")
+                if problem := self.refuses(layer, wanted):
+                    raise InputError("E130", f"pin '{pattern}': layer '{layer.name}': {problem}")
                 decision = layer.tie or layer.name
                 other, first = found.setdefault(decision, (str(wanted), layer.name))
                 if other != str(wanted):
@@ -90,7 +100,10 @@ class Menu:
 
     def targets(self) -> list[tuple[Any, Sequence[Layer]]]:
         """Who prices what, and the layers that cost anything there; weights first."""
-        found: list[tuple[Any, Sequence[Layer]]] = [(registry.make("targets", "bytes"), self.layers)]
+        container = (self.able.container if self.able else "") or "native"
+        found: list[tuple[Any, Sequence[Layer]]] = [
+            (registry.make("targets", "bytes", container=container), self.layers)
+        ]
         if multiplied := [layer for layer in self.layers if layer.macs]:
             found.append((registry.make("targets", "bops"), multiplied))
         if caches := [layer for layer in self.layers if layer.kind == "kv_cache"]:
@@ -130,6 +143,7 @@ class Menu:
             InputError: a layer can take no format of the menu (E130).
         """
         mask = allowed(self.costs, self.pins, [str(fmt) for fmt in self.menu])
+        self._bar_for_target(mask)
         for text in self.spec.activations:
             pairs = [fmt for fmt in self.menu if str(fmt).endswith(f"@{text}")]
             if pairs and all(fmt in self.misfits for fmt in pairs):
@@ -141,13 +155,37 @@ class Menu:
                 cache = decision.layers[0].kind == "kv_cache"
                 offered = [fmt for fmt in self.menu if (fmt.family == "kv") == cache]
                 layer = next(
-                    (x for x in decision.layers if all(fmt.refuses(x) for fmt in offered)), decision.layers[-1]
+                    (x for x in decision.layers if all(self.refuses(x, fmt) for fmt in offered)), decision.layers[-1]
                 )
-                shapes = [fmt.refuses(layer) for fmt in offered]
+                shapes = [self.refuses(layer, fmt) for fmt in offered]
                 kernels = [self._no_kernel(i, j) for j, fmt in enumerate(self.formats) if fmt in offered]
                 reason = next(filter(None, [*shapes, *kernels]), "no format is offered")
                 raise InputError("E130", f"layer '{layer.name}': {reason}", advice="offer another format as well")
         return mask
+
+    def _bar_for_target(self, mask: Array) -> None:
+        """Take off the menu what the target cannot hold.
+
+        Raises:
+            InputError: layers that the target loads as one are decided apart, or may get different formats (E121).
+        """
+        if self.able is None:
+            return
+        for i, decision in enumerate(self.layers.decisions):
+            for j, fmt in enumerate(self.formats):
+                if not np.isnan(mask[i, j]) and any(self.able.refuses(layer, fmt) for layer in decision.layers):
+                    mask[i, j] = np.nan
+        row_of = {layer.name: i for i, row in enumerate(self.layers.decisions) for layer in row.layers}
+        for names in self.able.groups(self.layers):
+            rows = {row_of[name] for name in names}
+            offered = {j for i in rows for j in np.flatnonzero(~np.isnan(mask[i])).tolist()}
+            if len(rows) > 1 and len(offered) > 1:
+                raise InputError(
+                    "E121",
+                    f"{self.able.title} loads {', '.join(names[:3])}{' …' if len(names) > 3 else ''} with one format, "
+                    "and they are decided apart",
+                    advice='tie them, or leave it to ties = "auto"',
+                )
 
     def _ask_for_activations(self, mask: Array) -> None:
         """Take weights alone off the menu of decisions that can take the same weights with an activation."""
@@ -167,12 +205,12 @@ class Menu:
     @cached_property
     def misfits(self) -> tuple[Format, ...]:
         """Formats of the menu that no layer can take."""
-        return tuple(fmt for fmt in self.menu if all(fmt.refuses(layer) for layer in self.layers))
+        return tuple(fmt for fmt in self.menu if all(self.refuses(layer, fmt) for layer in self.layers))
 
     def why_not(self, fmt: Format) -> str:
         """The reason for which most layers of its kind refuse a format."""
         concerned = [layer for layer in self.layers if (layer.kind == "kv_cache") == (fmt.family == "kv")]
-        return Counter(fmt.refuses(layer) for layer in concerned or self.layers).most_common(1)[0][0]
+        return Counter(self.refuses(layer, fmt) for layer in concerned or self.layers).most_common(1)[0][0]
 
     @cached_property
     def sizes(self) -> Array:
@@ -186,7 +224,9 @@ class Menu:
 
     def priced(self, plan: BitPlan) -> BitPlan:
         """Add what a plan costs; a resource that its formats have no price in, for want of a kernel, is left out."""
-        cost: dict[str, float] = {"weights": plan.bytes}
+        cost: dict[str, float] = {"weights": self._total(plan, self.targets()[0][0], self.costs[0])}
+        if self.able and not math.isfinite(cost["weights"]):
+            raise cannot_hold(self.able.title, self.able.violations(plan))
         for (target, concerned), table in zip(self.targets()[1:], self.costs[1:], strict=True):
             if table.resource == "bops" or table.resource.startswith("kv "):
                 each = [target.cost([x], [plan.formats[x.name]]) for x in concerned]
@@ -213,7 +253,9 @@ class Menu:
             return {}
         found = {}
         for j, fmt in enumerate(self.menu):
-            rows = [i for i, row in enumerate(self.layers.decisions) if not any(map(fmt.refuses, row.layers))]
+            rows = [
+                i for i, row in enumerate(self.layers.decisions) if not any(self.refuses(x, fmt) for x in row.layers)
+            ]
             lacks = [self._no_kernel(i, j) for i in rows]
             if rows and all(lacks):
                 found[fmt] = Counter(lacks).most_common(1)[0][0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from mpsearch.errors import InputError
 from mpsearch.files import write_file
 from mpsearch.format import Format
 from mpsearch.keys import canonical_json, content_key
-from mpsearch.layer import Layers
+from mpsearch.layer import Layer, Layers
 from mpsearch.parts import check_apart
 
 SCHEMA = "mpsearch/plan"
@@ -118,13 +118,18 @@ class BitPlan:
 
     @property
     def bytes(self) -> int:
-        """Exact bytes of the whole model under this plan, left-out tensors included."""
+        """Exact bytes of the whole model in our own file under this plan, left-out tensors included."""
         return self.layers.excluded_bytes + sum(self.formats[layer.name].bytes(layer) for layer in self.layers)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the whole model as the plan's target stores it; `bytes` for a plan without a target."""
+        return int(self.cost.get("weights", self.bytes))
 
     @property
     def bits(self) -> float:
         """Stored bits per weight of the whole model."""
-        return 8 * self.bytes / self.layers.weights
+        return 8 * self.stored_bytes / self.layers.weights
 
     @property
     def key(self) -> str:
@@ -247,19 +252,33 @@ class BitPlan:
         return [(name, f, other.formats[name]) for name, f in self.formats.items() if f != other.formats[name]]
 
     @classmethod
-    def uniform(cls, layers: Layers, fmt: Format, fallback: Sequence[Format], model: Mapping[str, str]) -> BitPlan:
+    def uniform(
+        cls,
+        layers: Layers,
+        fmt: Format,
+        fallback: Sequence[Format],
+        model: Mapping[str, str],
+        refuses: Callable[[Layer, Format], str] = lambda layer, fmt: fmt.refuses(layer),
+    ) -> BitPlan:
         """Make the plan that gives every decision one format, or the first fallback that all its layers can take.
+
+        Args:
+            layers: the layers.
+            fmt: the format.
+            fallback: formats for layers that cannot take it.
+            model: the model.
+            refuses: says why a layer cannot take a format; empty when it can.
 
         Raises:
             InputError: a layer can take none of them (E130).
         """
         formats: dict[str, Format] = {}
         for decision in layers.decisions:
-            options = (f for f in (fmt, *fallback) if not any(f.refuses(layer) for layer in decision.layers))
+            options = (f for f in (fmt, *fallback) if not any(refuses(layer, f) for layer in decision.layers))
             taken = next(options, None)
             if taken is None:
-                layer = next(x for x in decision.layers if fmt.refuses(x))
-                raise InputError("E130", f"layer '{layer.name}': {fmt.refuses(layer)}")
+                layer = next(x for x in decision.layers if refuses(x, fmt))
+                raise InputError("E130", f"layer '{layer.name}': {refuses(layer, fmt)}")
             formats |= {layer.name: taken for layer in decision.layers}
         return cls(layers, formats, model, source={"uniform": str(fmt)})
 

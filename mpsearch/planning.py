@@ -71,7 +71,7 @@ class Planner(Menu):
     def holds_all(self, budgets: Sequence[Budget]) -> Notice | None:
         """Say so when the budget of weights holds the whole model at 16 bits, so that nothing is to be searched."""
         weights = self.costs[0]
-        needed = max(weights.reference, self.at_16_bits().bytes)
+        needed = max(weights.reference, self.at_16_bits().stored_bytes)
         if self.spec.rules:
             return None
         untouched = not self.companions and (not self.spec.kv or any(x in self.spec.kv for x in ("kv-bf16", "kv-fp16")))
@@ -239,6 +239,7 @@ class Planner(Menu):
             ],
             "scores": scores.source.get("scope", ""),
             "costs": {table.resource: table.kind for table in self.costs},
+            **({"target": self.spec.target} if self.spec.target else {}),
         }
         if goal != "loss":
             source["goal"] = {"least": goal} | ({"most_loss": most_loss} if most_loss < math.inf else {})
@@ -247,8 +248,9 @@ class Planner(Menu):
                 name: getattr(self.spec, name) for name in ("calibration", "tokens", "length", "batch_size")
             }
         plan = self.from_choice(solution.choice, source)
-        if any(b.resource == "weights" and plan.bytes > b.limit(self.costs[0]) for b in budgets):
-            raise AssertionError(f"the plan takes {plan.bytes} bytes, more than {' and '.join(map(str, budgets))}")
+        if any(b.resource == "weights" and plan.stored_bytes > b.limit(self.costs[0]) for b in budgets):
+            wanted = " and ".join(map(str, budgets))
+            raise AssertionError(f"the plan takes {plan.stored_bytes} bytes, more than {wanted}")
         settled = self.settled(scores)
         chosen = (np.arange(len(solution.choice)), solution.choice)
         # The bound is of what was solved: not of a cautious sum, nor of bytes.

@@ -115,7 +115,12 @@ class Evaluator(Protocol):
 
 
 class Exporter(Protocol):
-    """Writes a plan in the language of another tool."""
+    """Writes a plan in the language of another tool.
+
+    An exporter may have ``reads``: ``folder`` when it reads the model's folder, of which its setting ``source`` is the
+    path, and ``model`` when it must be given the model; ``notes(plan)``, what a user should know; and
+    ``bound(plan)``, how far logits of the loaded export may be from our simulation's, as a share of the largest.
+    """
 
     def refuses(self, plan: BitPlan) -> Sequence[str]:
         """Name every layer that the target cannot hold, with the reason; empty when it can hold all."""

@@ -34,7 +34,9 @@ def uniform(planner: Planner) -> Iterator[Labelled]:
         if fmt in planner.misfits or fmt.family == "kv" or {fmt} & {*planner.companions, *planner.without_kernel}:
             continue
         larger = [f for f in by_size if f.bits >= fmt.bits] + [f for f in reversed(by_size) if f.bits < fmt.bits]
-        plan = BitPlan.uniform(planner.layers, fmt, [fmt.weight, *larger, *caches], planner.model)
+        plan = BitPlan.uniform(
+            planner.layers, fmt, [fmt.weight, *larger, *caches], planner.model, refuses=planner.refuses
+        )
         pinned = {
             layer.name: Format.parse(planner.pins[row.name])
             for row in planner.layers.decisions

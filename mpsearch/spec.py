@@ -12,6 +12,7 @@ from typing import Any
 
 from mpsearch.budget import parse_budgets
 from mpsearch.bundled import resolve_model
+from mpsearch.capabilities import capabilities
 from mpsearch.errors import InputError, did_you_mean
 from mpsearch.format import Format, join, parse_formats
 from mpsearch.model.source import LIBRARY, Source
@@ -23,7 +24,7 @@ from mpsearch.toml_text import line_of, read_text, toml_error
 DEFAULT_FORMATS = ("int2-g64", "int3-g64", "int4-g64", "int5-g64", "int6-g64", "int7-g64", "int8-g64", "int8-channel")
 # How and where a study is computed does not change its question.
 _NOT_THE_QUESTION = ("storage", "workers", "out")
-_LATER = ("activations", "kv", "protect", "clamp", "rules", "cautious", "engine", "energy")
+_LATER = ("activations", "kv", "protect", "clamp", "rules", "cautious", "engine", "energy", "target")
 _LISTS = ("formats", "activations", "kv", "budgets")
 
 
@@ -51,7 +52,8 @@ class StudySpec:
         budgets: all to be kept at once.
         pins: layer name or pattern -> the format it must take.
         protect: rule that pins further layers to 16 bits, such as ``activation_spikes > 6.68``; none when empty.
-        ties: ``auto``, ``none``, or lists of layer names or patterns, one list per tie.
+        ties: ``auto``, ``none``, or lists of layer names or patterns, one list per tie. With a target ``auto`` and
+            ``none`` are what it needs.
         clamp: let no format of more bytes count as worse than one of fewer, where the scores say so.
         tokens: calibration tokens.
         validation_tokens: validation tokens.
@@ -67,6 +69,8 @@ class StudySpec:
         engine: whose kernels are timed for budgets of time, and how it keeps weights for budgets of memory: a name with
             settings (``onnxruntime:threads=2``), or ``file:PATH`` of a table that was measured elsewhere.
         energy: table of picojoules (``format, pj_per_mac, pj_per_byte``) for budgets of energy.
+        target: who will load the plan, such as ``vllm``: only what it can hold is offered, what it loads as one matrix
+            is tied, and weights count with the bytes that it stores; none when empty.
     """
 
     name: str = ""
@@ -101,6 +105,7 @@ class StudySpec:
     trust_remote_code: bool = False
     engine: str = ""
     energy: str = ""
+    target: str = ""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "validation_tokens", "length", "batch_size", "workers"):
@@ -123,6 +128,8 @@ class StudySpec:
             if cache.family != "kv":
                 raise InputError("E110", f"kv: '{cache}' is not for KV caches", advice="write one like kv-int8-token")
         parse_budgets(self.budgets)
+        if self.target:
+            capabilities(self.target)
         if not 0 <= self.cautious < math.inf:
             raise InputError("E113", f"cautious: got {self.cautious}; expected standard errors, such as 1.645")
         Rules.of(self.rules)
@@ -235,10 +242,17 @@ class StudySpec:
             self.validation_tokens,
             self.length,
             self.batch_size,
-            self.ties,
+            self._ties,
             self.trust_remote_code,
             self.counts_caches,
         )
+
+    @property
+    def _ties(self) -> str | tuple[tuple[str, ...], ...]:
+        """Ties as the target needs them, unless they are given as lists: it alone knows what it loads as one matrix."""
+        if not self.target or not isinstance(self.ties, str):
+            return self.ties
+        return "auto" if capabilities(self.target).fuses else "none"
 
     @property
     def counts_caches(self) -> bool:

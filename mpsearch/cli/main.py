@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import typer
 
 from mpsearch import __version__
-from mpsearch.cli import compute, estimators, formats, measure, options, profile, search, solvers, stored
+from mpsearch.cli import compute, estimators, export, formats, measure, options, profile, search, solvers, stored
 from mpsearch.errors import MpsearchError
 
 app = typer.Typer(
@@ -25,7 +25,7 @@ for command in (
     compute.resume,
     stored.solve,
     stored.show,
-    stored.export,
+    export.export,
     stored.layers,
     formats.formats,
     estimators.estimators,

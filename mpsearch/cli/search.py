@@ -82,7 +82,7 @@ def _present(found: Searched, out: Path | None) -> None:
     whole = sum(not item.trial.batches for item in found.trials)
     lines = [
         f"measured    {len(found.trials)} plans, {whole} of them on all batches: {sum(found.tokens):,} tokens",
-        f"bytes       {found.plan.bytes:,} ({8 * found.plan.bytes / weights:.4f} bits per weight)",
+        f"bytes       {found.plan.stored_bytes:,} ({8 * found.plan.stored_bytes / weights:.4f} bits per weight)",
         f"start       {start.loss:.5g} ± {start.spread:.2g}",
         f"best        {best.loss:.5g} ± {best.spread:.2g} ({_change(start.loss, best.loss)})",
     ]

@@ -68,7 +68,7 @@ def solve(
         return
     console().print(plan_table(plan))
     predicted = plan.predicted
-    sys.stdout.write(f"\nbytes       {plan.bytes:,} ({plan.bits:.4f} bits per weight)\n")
+    sys.stdout.write(f"\nbytes       {plan.stored_bytes:,} ({plan.bits:.4f} bits per weight)\n")
     if predicted.loss is not None:
         spread = "" if predicted.spread is None else f" ± {predicted.spread:.2g}"
         sys.stdout.write(f"predicted   {predicted.loss:.5g}{spread} {predicted.unit}\n")
@@ -127,68 +127,6 @@ def show(
             out.print(safe(line), markup=False)
     finally:
         study.store.close()
-
-
-def export(
-    name: Annotated[str, typer.Argument(help="Name of the study, or a plan file (.json).")],
-    to: Annotated[str, typer.Option(help="native, llama.cpp or compressed-tensors.")] = "native",
-    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("exported"),
-    budget: Budgets = None,
-    storage: Storage = DEFAULT_STORAGE,
-    weights: Annotated[bool, typer.Option(help="Native: write the packed weights as well.")] = True,
-    model: Annotated[str, typer.Option(help="Model folder, when it is not where the study had it.")] = "",
-    force: Annotated[bool, typer.Option("--force", help="Replace files that an earlier export wrote.")] = False,
-) -> None:
-    """Write a plan for another tool.
-
-    mpsearch export tiny-llama --budget 'weights <= 3.5 bits' --to native --out exported
-
-    mpsearch export tiny-llama --to compressed-tensors --out quantised
-    """
-    from dataclasses import replace
-
-    from mpsearch import registry
-    from mpsearch.plan import BitPlan
-
-    exporter = registry.make("exporters", to, force=force)
-    if name.endswith(".json"):
-        plan, source, setup = BitPlan.load(name), model, None
-    else:
-        study = open_study(name, storage)
-        try:
-            plan, source = study.plan(*(budget or [])), model or study.spec.model
-            setup = replace(study.spec.setup, model=source)
-        finally:
-            study.store.close()
-    loaded = None
-    if to in ("native", "compressed-tensors") and weights and source:
-        from mpsearch.bundled import resolve_model
-        from mpsearch.evaluate.workbench import Workbench
-        from mpsearch.model.model import load_model
-
-        folder = resolve_model(source, Path.cwd())
-        calibrated = any(fmt.calibrated for fmt in plan.formats.values())
-        if calibrated and setup is None:
-            raise InputError(
-                "E422",
-                f"'{name}' has formats that are made from calibration data, which a plan does not hold",
-                advice="export it by the name of its study",
-            )
-        if to == "compressed-tensors" and not calibrated:
-            # It reads the folder tensor by tensor, and looks itself whether it is the plan's.
-            exporter = replace(exporter, source=folder)
-        else:
-            loaded = Workbench.load(replace(setup, model=folder)).model if calibrated and setup else load_model(folder)
-        if loaded is not None and loaded.digest != plan.model.get("digest"):
-            raise InputError(
-                "E302", f"the plan is for another model than '{source}'", advice="give the model's folder: --model"
-            )
-    if to == "native" and weights and loaded is None:
-        sys.stderr.write("no weights are written: name the model's folder with --model, or pass --no-weights\n")
-    for path in exporter.write(plan, out, loaded):
-        sys.stdout.write(f"{path}\n")
-    for note in exporter.notes(plan) if hasattr(exporter, "notes") else ():
-        sys.stderr.write(f"note: {note}\n")
 
 
 def layers(

@@ -75,7 +75,7 @@ class Kl:
             mean,
             error,
             "nats/token",
-            {**plan.cost, "weights": float(plan.bytes)},
+            {**plan.cost, "weights": float(plan.stored_bytes)},
             metrics,
             machine=machine(),
             data=_data(model, plan, batches),

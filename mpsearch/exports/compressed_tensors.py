@@ -7,14 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+from mpsearch.capabilities import cannot_hold
 from mpsearch.errors import InputError
 from mpsearch.exports import ct_config
 from mpsearch.exports.ct_tensors import Spec, specs, tensors
-from mpsearch.exports.folder import cannot_hold, write_folder
+from mpsearch.exports.folder import write_folder
 from mpsearch.exports.original import Original
 from mpsearch.exports.shards import INDEX, LIMIT, Item, index, shards, write_shard
 from mpsearch.files import write_file
@@ -58,6 +59,8 @@ class CompressedTensors:
     fc: compressed-tensors holds integers, fp8-e4m3, mxfp4, mxfp6-e2m3, mxfp8-e4m3 and nvfp4, not nf4-b64
     """
 
+    reads: ClassVar[str] = "folder"
+
     source: str = ""
     force: bool = False
 
@@ -76,6 +79,10 @@ class CompressedTensors:
     def notes(self, plan: BitPlan) -> Sequence[str]:
         """Say what transformers 5.23 does not load of the folder by itself, and where it computes in another way."""
         return ct_config.notes(plan)
+
+    def bound(self, plan: BitPlan) -> float | None:
+        """How far logits may be from our simulation's; None where transformers rounds inputs by rules of its own."""
+        return None if any(fmt.activation for fmt in plan.formats.values()) else 1e-4
 
     def write(self, plan: BitPlan, folder: Path, model: Any = None) -> Sequence[Path]:
         """Write the checkpoint.

@@ -15,7 +15,6 @@ from mpsearch.errors import InputError
 from mpsearch.files import inside, write_file
 
 MANIFEST = "mpsearch-export.json"
-_SHOWN = 20
 
 
 def write_folder(
@@ -70,29 +69,6 @@ def check_folder(folder: Path) -> None:
                 f"'{path}': not the file that was exported: it was cut, edited or lost",
                 advice="export the plan again",
             )
-
-
-def cannot_hold(target: str, violations: Sequence[str]) -> InputError:
-    """Return the error for a plan that a target cannot hold as it is.
-
-    Args:
-        target: name of the target.
-        violations: one line per layer that does not fit; the first 20 are shown.
-
-    >>> print(cannot_hold("llama.cpp", ["a: int3-g64 …", "b: int3-g64 …"]))
-    error[E301] llama.cpp cannot hold this plan, for 2 reasons
-      because  a: int3-g64 …
-               b: int3-g64 …
-      try      search with formats that the target holds, or export to another target
-    """
-    count, more = len(violations), len(violations) - _SHOWN
-    lines = [*violations[:_SHOWN], *([f"and {more} more"] if more > 0 else [])]
-    return InputError(
-        "E301",
-        f"{target} cannot hold this plan, for {count} reason{'s' if count > 1 else ''}",
-        because=("\n" + " " * 11).join(lines),
-        advice="search with formats that the target holds, or export to another target",
-    )
 
 
 def _claim(folder: Path, names: Sequence[str], force: bool) -> dict[str, str | None]:

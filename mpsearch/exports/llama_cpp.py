@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import gguf
 
+from mpsearch.capabilities import cannot_hold
 from mpsearch.errors import InputError, did_you_mean
-from mpsearch.exports.folder import cannot_hold, write_folder
+from mpsearch.exports.folder import write_folder
 from mpsearch.exports.gguf_names import ARCHITECTURES, GgufNames
 from mpsearch.files import write_file
 from mpsearch.format import Format

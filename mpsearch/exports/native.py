@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from mpsearch.capabilities import cannot_hold
 from mpsearch.errors import InputError
-from mpsearch.exports.folder import cannot_hold, check_folder, write_folder
+from mpsearch.exports.folder import check_folder, write_folder
 from mpsearch.files import write_file
 from mpsearch.format import Format
 from mpsearch.formats.activation import Activation
@@ -52,6 +53,8 @@ class Native:
     >>> Native()
     Native(force=False)
     """
+
+    reads: ClassVar[str] = "model"
 
     force: bool = False
 

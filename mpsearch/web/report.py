@@ -99,10 +99,14 @@ def _tile(name: str, value: object, detail: object) -> Html:
 
 def _verdict(view: ReportData) -> Html:
     plan, measured = view.chosen, view.chosen_measurement
-    share = plan.bytes / (2 * plan.layers.weights)
+    share = plan.stored_bytes / (2 * plan.layers.weights)
     bits = number(plan.bits, f"{plan.bits:.3f}")
     tiles = [
-        _tile("Size, exact", number(plan.bytes, size(plan.bytes)), f"{whole_bytes(plan.bytes)} of the whole model"),
+        _tile(
+            "Size, exact",
+            number(plan.stored_bytes, size(plan.stored_bytes)),
+            f"{whole_bytes(plan.stored_bytes)} of the whole model",
+        ),
         _tile("Bits per weight, exact", bits, f"{100 * share:.1f}{_PERCENT} of 16-bit weights"),
     ]
     if measured is not None:

@@ -109,14 +109,15 @@ class OnnxRuntime:
         look_up = kernel.kind == "embedding"
         width = kernel.columns if look_up else kernel.rows
         copies = max(1, min(copies, _MOST_OUTPUT // (4 * kernel.tokens * width)))
-        session = ort.InferenceSession(
-            _model_of(kernel, copies), session_options(threads), providers=["CPUExecutionProvider"]
-        )
+        model, held = _model_of(kernel, copies)
+        options = session_options(threads)
+        options.add_external_initializers(list(held), [ort.OrtValue.ortvalue_from_numpy(a) for a in held.values()])
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         binding = session.io_binding()
         binding.bind_ortvalue_input("x", ort.OrtValue.ortvalue_from_numpy(_inputs(kernel)))
         for copy in range(copies):
-            held = ort.OrtValue.ortvalue_from_numpy(np.empty((kernel.tokens, width), dtype=np.float32))
-            binding.bind_ortvalue_output(f"y{copy}", held)
+            output = ort.OrtValue.ortvalue_from_numpy(np.empty((kernel.tokens, width), dtype=np.float32))
+            binding.bind_ortvalue_output(f"y{copy}", output)
         return Loaded(lambda: session.run_with_iobinding(binding), copies)
 
 
@@ -127,40 +128,49 @@ def _inputs(kernel: Kernel) -> Any:
     return drawn.standard_normal((kernel.tokens, kernel.columns), dtype=np.float32)
 
 
-def _model_of(kernel: Kernel, copies: int) -> bytes:
-    """An ONNX file that multiplies ``x`` by each of the copies."""
-    from onnx import TensorProto, helper
+def _model_of(kernel: Kernel, copies: int) -> tuple[bytes, dict[str, Any]]:
+    """An ONNX file that multiplies ``x`` by each of the copies, and the arrays of the copies by name.
+
+    Drawing all numbers anew would take longer than the timing, but each copy must differ: ONNX Runtime keeps weights of
+    equal content once, and would run all copies on one that stays in the cache. So each copy's first four bytes tell
+    its number. They are handed over beside the file, for writing and reading it would take longer still.
+    """
+    from onnx import TensorProto, helper, numpy_helper
 
     number, shape = TensorProto.FLOAT, [kernel.tokens, kernel.columns]
     if kernel.kind == "embedding":
         number, shape = TensorProto.INT64, [kernel.tokens]
     nodes, tensors = random_nodes(kernel, "w0", "y0")
     graph = helper.make_graph(
-        nodes,
+        [],
         "kernel",
         [helper.make_tensor_value_info("x", number, shape)],
         [helper.make_tensor_value_info(f"y{copy}", TensorProto.FLOAT, None) for copy in range(copies)],
-        initializer=tensors,
     )
-    # Drawing all numbers anew would take longer than the timing, but each copy must differ: ONNX Runtime keeps weights
-    # of equal content once, and would run all copies on one that stays in the cache.
-    for copy in range(1, copies):
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in tensors}
+    held = {}
+    for copy in range(copies):
         for node in nodes:
             other = graph.node.add()
             other.CopyFrom(node)
             for names in (other.input, other.output):
                 names[:] = [re.sub(r"^([wy])0", rf"\g<1>{copy}", name) for name in names]
         for tensor in tensors:
-            held = graph.initializer.add()
-            held.CopyFrom(tensor)
-            held.name = tensor.name.replace("w0", f"w{copy}", 1)
-            if tensor.name in ("w0.codes", "w0.weight"):
-                first = np.float32(0.01 + copy / 2**16).tobytes() if tensor.data_type == TensorProto.FLOAT else None
-                mark = first or copy.to_bytes(4, "little")
-                held.raw_data = mark + tensor.raw_data[4:]
+            name = tensor.name.replace("w0", f"w{copy}", 1)
+            if tensor.name not in ("w0.codes", "w0.weight"):
+                graph.initializer.add().CopyFrom(tensor)
+                graph.initializer[-1].name = name
+                continue
+            held[name] = arrays[tensor.name].copy()
+            first = np.float32(0.01 + copy / 2**16) if tensor.data_type == TensorProto.FLOAT else np.uint32(copy)
+            held[name].reshape(-1).view(np.uint8)[:4] = np.frombuffer(first.tobytes(), np.uint8)
+            outside = graph.initializer.add(
+                name=name, data_type=tensor.data_type, dims=tensor.dims, data_location=TensorProto.EXTERNAL
+            )
+            outside.external_data.add(key="location", value="beside")
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
     text: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
-    return text
+    return text, held
 
 
 def random_nodes(kernel: Kernel, weight: str, output: str) -> tuple[list[Any], list[Any]]:

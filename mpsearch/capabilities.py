@@ -1,0 +1,342 @@
+"""What a tool that loads plans can hold, read from a table before anything is searched."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import entry_points
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+from mpsearch.errors import InputError, did_you_mean
+from mpsearch.format import Format
+from mpsearch.layer import Layer
+from mpsearch.plan import BitPlan
+
+SCHEMA = "mpsearch/capabilities"
+SCHEMA_VERSION = 1
+#: Number types that need no rule: a layer that stays as it is.
+PLAIN = ("bf16", "fp16", "fp32")
+#: Lines of a refusal that are shown.
+_SHOWN = 20
+_ROUNDING = re.compile(r"-(mse|gptq|fisher)$")
+_KEYS = {
+    "schema", "schema_version", "target", "title", "versions", "tested", "rounds", "container", "based_on", "fused",
+    "alike", "kv", "plain", "defaults", "source", "holds",
+}  # fmt: skip
+_RULE_KEYS = {"kinds", "weights", "inputs", "except", "columns_of", "rows_of", "parts", "transposed"}
+
+
+@dataclass(frozen=True)
+class Held:
+    """One rule of a table: these layers can be held in these formats.
+
+    Patterns of formats are names in which ``*`` stands for anything up to the next ``-`` and ``{a,b}`` for one of
+    several; those of layers are as in a shell.
+
+    Attributes:
+        weights: patterns of formats of weights, without the rule that finds their scales (``-mse``, ``-gptq``).
+        kinds: kinds of layers.
+        inputs: patterns of formats that their inputs are rounded to; empty when inputs stay as they are.
+        apart: patterns of names of layers that the rule leaves out.
+        columns_of: the weights of an output channel must be a multiple of this.
+        rows_of: the output channels must be a multiple of this.
+        parts: whether parts of layers (heads, channels) can have formats of their own.
+        transposed: whether weights whose output channels are not the first axis can be held.
+    """
+
+    weights: tuple[str, ...]
+    kinds: tuple[str, ...] = ("linear",)
+    inputs: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
+    columns_of: int = 1
+    rows_of: int = 1
+    parts: bool = False
+    transposed: bool = False
+
+    def formats(self, fmt: Format) -> bool:
+        """Whether the rule speaks of a format.
+
+        >>> Held(("int{4,8}-g*",)).formats(Format.parse("int4-g64-mse"))
+        True
+        """
+        if not _matches(_ROUNDING.sub("", str(fmt.weight)), self.weights):
+            return False
+        return _matches(str(fmt.activation), self.inputs) if fmt.activation else True
+
+    def layers(self, layer: Layer) -> bool:
+        """Whether the rule speaks of a layer."""
+        return layer.kind in self.kinds and not any(fnmatch.fnmatchcase(layer.owner, name) for name in self.apart)
+
+    def misfit(self, layer: Layer) -> str:
+        """Say what of a layer's shape the rule cannot take; empty for nothing."""
+        if layer.is_part and not self.parts:
+            return "a whole layer has one format, and its parts none"
+        if layer.out_axis and layer.kind == "linear" and not self.transposed:
+            return "weights of transposed linear layers are not held"
+        if layer.columns % self.columns_of:
+            return f"{layer.columns} weights of an output channel are no multiple of {self.columns_of}"
+        if layer.rows % self.rows_of:
+            return f"{layer.rows} output channels are no multiple of {self.rows_of}"
+        return ""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What one target can hold, for a range of its versions.
+
+    Attributes:
+        target: name of the target, as in ``--to`` and ``target = …``.
+        title: what its own people call it.
+        versions: versions that the facts hold for, such as ``>=0.19,<0.21``.
+        tested: version that they were checked with.
+        holds: rules, of which one must take a layer and its format.
+        plain: number types in which a layer can stay.
+        fused: names of modules of one parent that are loaded as one matrix and so need one format.
+        alike: kinds of layers that must all have one format, such as ``kv_cache``.
+        kv: patterns of the formats of KV caches; those of 16 bits are always held.
+        rounds: ``ours`` when the plan's own codes are written, ``theirs`` when the target rounds again by its rules.
+        container: how it stores weights (`mpsearch.hardware.containers`); empty when there is no rule for its bytes.
+        based_on: targets whose rules hold as well, the file's own first.
+        defaults: what it does unless told otherwise.
+        source: where the facts are from.
+    """
+
+    target: str
+    title: str
+    versions: str
+    tested: str
+    holds: tuple[Held, ...]
+    plain: tuple[str, ...] = PLAIN
+    fused: tuple[frozenset[str], ...] = ()
+    alike: tuple[str, ...] = ()
+    kv: tuple[str, ...] = ()
+    rounds: str = "theirs"
+    container: str = ""
+    based_on: tuple[Capabilities, ...] = ()
+    defaults: tuple[str, ...] = ()
+    source: str = ""
+
+    def refuses(self, layer: Layer, fmt: Format) -> str:
+        """Say why a layer cannot be held in a format: what is wanted and what is allowed; empty when it can.
+
+        >>> capabilities("gptqmodel").refuses(Layer("fc", "linear", (64, 64)), Format.parse("int5-g32"))
+        'int5-g32 is not held by GPTQModel; allowed int{2,3,4,8}-{channel,g*}{,-asym}, bf16, fp16, fp32'
+        """
+        return self._refuses(layer, fmt) or next(filter(None, (b.refuses(layer, fmt) for b in self.based_on)), "")
+
+    def _refuses(self, layer: Layer, fmt: Format) -> str:
+        problem = fmt.refuses(layer)
+        if problem:
+            return problem
+        if layer.kind == "kv_cache":
+            allowed = ("kv-bf16", "kv-fp16", *self.kv)
+            return (
+                "" if _matches(str(fmt), allowed) else f"{fmt} is not held by {self.title}; allowed {_shown(allowed)}"
+            )
+        if fmt.weight.family == "plain" and fmt.activation is None:
+            # A layer that is not touched needs no rule.
+            as_stored = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[str(fmt)] == layer.dtype
+            if as_stored or str(fmt) in self.plain:
+                return ""
+            return f"{fmt} is not held by {self.title}; allowed {_shown(self._allowed(layer))}"
+        fitting = [rule for rule in self.holds if rule.layers(layer) and rule.formats(fmt)]
+        misfits = [rule.misfit(layer) for rule in fitting]
+        if fitting and not all(misfits):
+            return ""
+        allowed_here = _shown(self._allowed(layer))
+        if misfits:
+            return f"{fmt} is not held by {self.title} here: {misfits[0]}; allowed {_shown(self.plain)}"
+        kind = "" if any(rule.layers(layer) for rule in self.holds) else f" for this {layer.kind} layer"
+        return f"{fmt} is not held by {self.title}{kind}; allowed {allowed_here}"
+
+    def _allowed(self, layer: Layer) -> list[str]:
+        """Patterns of all that a layer may have."""
+        found: list[str] = []
+        for rule in self.holds:
+            if rule.layers(layer) and not rule.misfit(layer):
+                found += [f"{w}@{a}" for w in rule.weights for a in rule.inputs] if rule.inputs else rule.weights
+        return list(dict.fromkeys([*found, *self.plain]))
+
+    def violations(self, plan: BitPlan) -> list[str]:
+        """List every reason for which a plan cannot be held; one line each, the layer first."""
+        wrong = {layer.name: self.refuses(layer, plan.formats[layer.name]) for layer in plan.layers}
+        found = [f"{name}: {reason}" for name, reason in wrong.items() if reason]
+        for names in self.groups(plan.layers):
+            formats = [str(plan.formats[name]) for name in names]
+            if len(set(formats)) > 1 and not any(wrong[name] for name in names):
+                given = ", ".join(f"{name} {fmt}" for name, fmt in zip(names, formats, strict=True))
+                found.append(f"{names[0]}: {self.title} loads these as one, which has one format: {given}; tie them")
+        return found
+
+    def groups(self, layers: Sequence[Layer] | Any) -> Iterator[list[str]]:
+        """Yield the names of layers that must have one format together."""
+        found: dict[tuple[str, str, str], list[str]] = {}
+        for each in (self, *self.based_on):
+            for place, names in enumerate(each.fused):
+                for layer in layers:
+                    parent, _, name = layer.owner.rpartition(".")
+                    if layer.kind == "linear" and name in names:
+                        found.setdefault((each.target, parent, str(place)), []).append(layer.name)
+            for kind in each.alike:
+                names_of_kind = [layer.name for layer in layers if layer.kind == kind]
+                found.setdefault((each.target, "", kind), []).extend(names_of_kind)
+        seen = set()
+        for group in found.values():
+            if len(group) > 1 and tuple(group) not in seen:
+                seen.add(tuple(group))
+                yield group
+
+    @property
+    def fuses(self) -> bool:
+        """Whether some layers are loaded as one matrix."""
+        return bool(self.fused) or any(each.fuses for each in self.based_on)
+
+
+def targets() -> tuple[str, ...]:
+    """List the names of all targets, built-ins first.
+
+    >>> "vllm" in targets()
+    True
+    """
+    return tuple(_tables())
+
+
+def capabilities(target: str, version: str = "", assume: str = "") -> Capabilities:
+    """Read what a target can hold.
+
+    Args:
+        target: its name.
+        version: version that the plan is for; the tested one when empty.
+        assume: version whose facts to take where the tables do not reach; with it no version is refused.
+
+    Raises:
+        InputError: no such target (E107), not a version, or one that no table speaks of (E305).
+
+    >>> capabilities("onnxruntime").refuses(Layer("fc", "linear", (64, 64)), Format.parse("int3-g64"))
+    'int3-g64 is not held by ONNX Runtime; allowed int{2,4,8}-g{16,32,64,128,256}{,-asym}, ...'
+    """
+    tables = _tables()
+    if target not in tables:
+        raise InputError(
+            "E107", f"no target '{target}'{did_you_mean(target, tables)}", advice=f"there is {', '.join(tables)}"
+        )
+    every = tables[target]
+    if not (wanted := assume or version):
+        return every[-1]
+    try:
+        found = Version(wanted)
+    except InvalidVersion as error:
+        raise InputError("E305", f"'{wanted}' is not a version; write one like {every[-1].tested}") from error
+    for table in every:
+        if SpecifierSet(table.versions, prereleases=True).contains(found):
+            return table
+    known = ", ".join(table.versions for table in every)
+    raise InputError(
+        "E305",
+        f"what {every[-1].title} {wanted} can hold is not known here; known are versions {known}",
+        advice=f"--assume {every[-1].tested} takes the facts of that version",
+    )
+
+
+def cannot_hold(target: str, violations: Sequence[str]) -> InputError:
+    """Return the error for a plan that a target cannot hold as it is.
+
+    Args:
+        target: name of the target.
+        violations: one line per layer that does not fit; the first 20 are shown.
+
+    >>> print(cannot_hold("llama.cpp", ["a: int3-g64 …", "b: int3-g64 …"]))
+    error[E301] llama.cpp cannot hold this plan, for 2 reasons
+      because  a: int3-g64 …
+               b: int3-g64 …
+      try      search with formats that the target holds, or export to another target
+    """
+    count, more = len(violations), len(violations) - _SHOWN
+    lines = [*violations[:_SHOWN], *([f"and {more} more"] if more > 0 else [])]
+    return InputError(
+        "E301",
+        f"{target} cannot hold this plan, for {count} reason{'s' if count > 1 else ''}",
+        because=("\n" + " " * 11).join(lines),
+        advice="search with formats that the target holds, or export to another target",
+    )
+
+
+@lru_cache(maxsize=1)
+def _tables() -> Mapping[str, tuple[Capabilities, ...]]:
+    """All tables by target, each target's in the order of versions.
+
+    Plug-ins add folders of tables through entry points of the group ``mpsearch.capabilities``: a function that
+    returns the folder.
+    """
+    texts: dict[str, str] = {}
+    built_in = files("mpsearch.exports").joinpath("targets")
+    texts.update({x.name: x.read_text(encoding="utf-8") for x in built_in.iterdir() if x.name.endswith(".toml")})
+    for point in entry_points(group="mpsearch.capabilities"):
+        texts.update({str(x): x.read_text(encoding="utf-8") for x in sorted(Path(point.load()()).glob("*.toml"))})
+    bodies = {name: _body(name, text) for name, text in sorted(texts.items())}
+    found: dict[str, list[Capabilities]] = {}
+    for wave in (False, True):
+        for name, body in bodies.items():
+            if bool(body.get("based_on")) == wave:
+                made = _made(name, body, found)
+                found.setdefault(made.target, []).append(made)
+    return {target: tuple(sorted(tables, key=lambda t: Version(t.tested))) for target, tables in sorted(found.items())}
+
+
+def _body(name: str, text: str) -> Mapping[str, Any]:
+    try:
+        body = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError("E102", f"capabilities '{name}': not TOML: {error}") from error
+    wrong = sorted({*body} - _KEYS) or [key for rule in body.get("holds", ()) for key in sorted({*rule} - _RULE_KEYS)]
+    if body.get("schema") != SCHEMA or body.get("schema_version") != SCHEMA_VERSION or wrong:
+        what = f"unknown key '{wrong[0]}'" if wrong else f"not a table of {SCHEMA} {SCHEMA_VERSION}"
+        raise InputError("E102", f"capabilities '{name}': {what}")
+    return body
+
+
+def _made(name: str, body: Mapping[str, Any], known: Mapping[str, Sequence[Capabilities]]) -> Capabilities:
+    rules = tuple(
+        Held(**{"apart" if key == "except" else key: _value(value) for key, value in rule.items()})
+        for rule in body.get("holds", ())
+    )
+    rest = {key: _value(value) for key, value in body.items() if key not in ("schema", "schema_version", "holds")}
+    rest["fused"] = tuple(frozenset(names) for names in body.get("fused", ()))
+    try:
+        rest["based_on"] = tuple(known[other][-1] for other in body.get("based_on", ()))
+        SpecifierSet(body["versions"])
+        return Capabilities(holds=rules, **rest)
+    except (KeyError, TypeError, InvalidSpecifier) as error:
+        raise InputError("E102", f"capabilities '{name}': {type(error).__name__}: {error}") from error
+
+
+def _value(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _matches(text: str, patterns: Sequence[str]) -> bool:
+    return any(_pattern(pattern).fullmatch(text) for pattern in patterns)
+
+
+@lru_cache(maxsize=1024)
+def _pattern(text: str) -> re.Pattern[str]:
+    """Compile a pattern: ``*`` is anything up to a ``-``, ``{a,b}`` one of several, which may hold further braces.
+
+    >>> [name for name in ("int4-g64", "int4-g641", "int4-g64-asym") if _pattern("int{4,8}-g{64,128}").fullmatch(name)]
+    ['int4-g64']
+    """
+    marks = {"*": "[^-]*", "{": "(?:", "}": ")", ",": "|"}
+    return re.compile("".join(marks.get(character, re.escape(character)) for character in text))
+
+
+def _shown(patterns: Sequence[str]) -> str:
+    return ", ".join(patterns) or "nothing"

@@ -1,0 +1,36 @@
+"""What the original model and our own simulation of a plan answer, to compare a loaded export with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mpsearch.model.apply import applied
+from mpsearch.model.model import Model, load_model
+from mpsearch.plan import BitPlan
+
+Logits = NDArray[np.float64]
+
+
+def simulated_logits(plan: BitPlan, model: Model | str, tokens: list[list[int]]) -> tuple[Logits, Logits]:
+    """Run the original and the model as planned, in float32.
+
+    Args:
+        plan: the plan.
+        model: the original, or its folder. Formats that are made from calibration data need a model that has been
+            calibrated (E422).
+        tokens: (sequences, positions).
+
+    Returns:
+        Logits of the original and of the simulation, each (sequences, positions, vocabulary).
+    """
+    loaded = load_model(model) if isinstance(model, str) else model
+    batch: Any = {"input_ids": torch.tensor(tokens)}
+    with torch.no_grad():
+        original = loaded.logits(batch)
+        with applied(loaded, {layer: plan.formats[layer.name] for layer in plan.layers}):
+            planned = loaded.logits(batch)
+    return original.double().numpy(), planned.double().numpy()
