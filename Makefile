@@ -6,7 +6,7 @@ CODE := mpsearch tests studies benchmarks examples
 BENCHMARKS := frontier curvature solving solvers solver_fronts search joint_menu formats kill_study tournament streaming \
   architectures
 
-.PHONY: demo test lint bench browser clean
+.PHONY: demo test lint bench browser verify-exports clean
 
 demo: $(STAMP) ## search, measure and export the bundled model
 	$(BIN)/mpsearch demo
@@ -28,6 +28,9 @@ lint: $(STAMP) ## style, types and the direction of imports
 
 bench: $(STAMP) ## run every benchmark in turn
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
+
+verify-exports: $(STAMP) ## have every target's own library read an export back; takes an hour the first time
+	$(BIN)/python -m benchmarks.verify_exports
 
 clean: ## remove the virtual environment and what was built
 	rm -rf $(VENV) dist build

@@ -6,7 +6,7 @@ import fnmatch
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.metadata import entry_points
 from importlib.resources import files
@@ -23,14 +23,15 @@ from mpsearch.plan import BitPlan
 
 SCHEMA = "mpsearch/capabilities"
 SCHEMA_VERSION = 1
-#: Number types that need no rule: a layer that stays as it is.
+#: Number types that need no rule.
 PLAIN = ("bf16", "fp16", "fp32")
+_NAME_OF = {"bfloat16": ("bf16",), "float16": ("fp16",), "float32": ("fp32",)}
 #: Lines of a refusal that are shown.
 _SHOWN = 20
 _ROUNDING = re.compile(r"-(mse|gptq|fisher)$")
 _KEYS = {
     "schema", "schema_version", "target", "title", "versions", "tested", "rounds", "container", "based_on", "fused",
-    "alike", "kv", "plain", "defaults", "source", "holds",
+    "alike", "kv", "plain", "leaves", "defaults", "source", "holds",
 }  # fmt: skip
 _RULE_KEYS = {"kinds", "weights", "inputs", "except", "columns_of", "rows_of", "parts", "transposed"}
 
@@ -45,7 +46,8 @@ class Held:
     Attributes:
         weights: patterns of formats of weights, without the rule that finds their scales (``-mse``, ``-gptq``).
         kinds: kinds of layers.
-        inputs: patterns of formats that their inputs are rounded to; empty when inputs stay as they are.
+        inputs: patterns of formats that their inputs must be rounded to; empty when inputs stay
+            as they are.
         apart: patterns of names of layers that the rule leaves out.
         columns_of: the weights of an output channel must be a multiple of this.
         rows_of: the output channels must be a multiple of this.
@@ -70,11 +72,23 @@ class Held:
         """
         if not _matches(_ROUNDING.sub("", str(fmt.weight)), self.weights):
             return False
-        return _matches(str(fmt.activation), self.inputs) if fmt.activation else True
+        # What rounds inputs is another kernel, and says nothing of the one that does not.
+        return _matches(str(fmt.activation), self.inputs) if fmt.activation else not self.inputs
 
     def layers(self, layer: Layer) -> bool:
         """Whether the rule speaks of a layer."""
         return layer.kind in self.kinds and not any(fnmatch.fnmatchcase(layer.owner, name) for name in self.apart)
+
+    @property
+    def limits(self) -> str:
+        """What of a layer's shape or name the rule asks, for people; empty for nothing.
+
+        >>> Held(("int4-g*",), columns_of=32).limits
+        'columns a multiple of 32'
+        """
+        found = [f"columns a multiple of {self.columns_of}"] if self.columns_of > 1 else []
+        found += [f"rows a multiple of {self.rows_of}"] if self.rows_of > 1 else []
+        return ", ".join([*found, *(f"not {name}" for name in self.apart)])
 
     def misfit(self, layer: Layer) -> str:
         """Say what of a layer's shape the rule cannot take; empty for nothing."""
@@ -99,7 +113,8 @@ class Capabilities:
         versions: versions that the facts hold for, such as ``>=0.19,<0.21``.
         tested: version that they were checked with.
         holds: rules, of which one must take a layer and its format.
-        plain: number types in which a layer can stay.
+        plain: number types that a layer can be cast to; it can also stay in its own.
+        leaves: kinds of layers that it leaves alone when told so; empty for all.
         fused: names of modules of one parent that are loaded as one matrix and so need one format.
         alike: kinds of layers that must all have one format, such as ``kv_cache``.
         kv: patterns of the formats of KV caches; those of 16 bits are always held.
@@ -116,6 +131,7 @@ class Capabilities:
     tested: str
     holds: tuple[Held, ...]
     plain: tuple[str, ...] = PLAIN
+    leaves: tuple[str, ...] = ()
     fused: tuple[frozenset[str], ...] = ()
     alike: tuple[str, ...] = ()
     kv: tuple[str, ...] = ()
@@ -129,7 +145,7 @@ class Capabilities:
         """Say why a layer cannot be held in a format: what is wanted and what is allowed; empty when it can.
 
         >>> capabilities("gptqmodel").refuses(Layer("fc", "linear", (64, 64)), Format.parse("int5-g32"))
-        'int5-g32 is not held by GPTQModel; allowed int{2,3,4,8}-{channel,g*}{,-asym}, bf16, fp16, fp32'
+        'int5-g32 is not held by GPTQModel; allowed int{2,3,4,8}-{channel,g*}{,-asym,-full}, fp32'
         """
         return self._refuses(layer, fmt) or next(filter(None, (b.refuses(layer, fmt) for b in self.based_on)), "")
 
@@ -144,8 +160,7 @@ class Capabilities:
             )
         if fmt.weight.family == "plain" and fmt.activation is None:
             # A layer that is not touched needs no rule.
-            as_stored = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[str(fmt)] == layer.dtype
-            if as_stored or str(fmt) in self.plain:
+            if str(fmt) in self._left(layer):
                 return ""
             return f"{fmt} is not held by {self.title}; allowed {_shown(self._allowed(layer))}"
         fitting = [rule for rule in self.holds if rule.layers(layer) and rule.formats(fmt)]
@@ -154,7 +169,7 @@ class Capabilities:
             return ""
         allowed_here = _shown(self._allowed(layer))
         if misfits:
-            return f"{fmt} is not held by {self.title} here: {misfits[0]}; allowed {_shown(self.plain)}"
+            return f"{fmt} is not held by {self.title} here: {misfits[0]}; allowed {_shown(self._left(layer))}"
         kind = "" if any(rule.layers(layer) for rule in self.holds) else f" for this {layer.kind} layer"
         return f"{fmt} is not held by {self.title}{kind}; allowed {allowed_here}"
 
@@ -164,7 +179,13 @@ class Capabilities:
         for rule in self.holds:
             if rule.layers(layer) and not rule.misfit(layer):
                 found += [f"{w}@{a}" for w in rule.weights for a in rule.inputs] if rule.inputs else rule.weights
-        return list(dict.fromkeys([*found, *self.plain]))
+        return list(dict.fromkeys([*found, *self._left(layer)]))
+
+    def _left(self, layer: Layer) -> list[str]:
+        """Number types in which a layer can stay: its own, and those that it can be cast to."""
+        if self.leaves and layer.kind not in self.leaves:
+            return []
+        return list(dict.fromkeys([*_NAME_OF.get(layer.dtype, ()), *self.plain]))
 
     def violations(self, plan: BitPlan) -> list[str]:
         """List every reason for which a plan cannot be held; one line each, the layer first."""
@@ -194,6 +215,11 @@ class Capabilities:
             if len(group) > 1 and tuple(group) not in seen:
                 seen.add(tuple(group))
                 yield group
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the table as plain values."""
+        found = {**asdict(self), "based_on": [other.target for other in self.based_on]}
+        return {**found, "fused": [sorted(names) for names in self.fused]}
 
     @property
     def fuses(self) -> bool:
@@ -258,7 +284,7 @@ def cannot_hold(target: str, violations: Sequence[str]) -> InputError:
     error[E301] llama.cpp cannot hold this plan, for 2 reasons
       because  a: int3-g64 …
                b: int3-g64 …
-      try      search with formats that the target holds, or export to another target
+      try      --substitute solves again with what it holds; a study with target = … searches with that alone
     """
     count, more = len(violations), len(violations) - _SHOWN
     lines = [*violations[:_SHOWN], *([f"and {more} more"] if more > 0 else [])]
@@ -266,7 +292,7 @@ def cannot_hold(target: str, violations: Sequence[str]) -> InputError:
         "E301",
         f"{target} cannot hold this plan, for {count} reason{'s' if count > 1 else ''}",
         because=("\n" + " " * 11).join(lines),
-        advice="search with formats that the target holds, or export to another target",
+        advice="--substitute solves again with what it holds; a study with target = … searches with that alone",
     )
 
 

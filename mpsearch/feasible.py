@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -34,8 +34,25 @@ def check_budgets(budgets: Sequence[Budget], costs: Sequence[CostTable], mask: A
     """Refuse a budget below the cheapest plan that is allowed.
 
     Raises:
-        InfeasibleError: E201, with the smallest limit that can be met and what the pins cost.
+        InfeasibleError: E201, with the smallest limits that can be met and what the pins cost; of all budgets that
+            cannot be met.
     """
+    errors = list(_impossible(budgets, costs, mask, pins))
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        lines = ("\n" + " " * 11).join(error.message for error in errors)
+        raise InfeasibleError(
+            "E201",
+            f"{len(errors)} budgets cannot be met, each by itself",
+            because=lines,
+            advice="loosen them, or offer smaller formats",
+        )
+
+
+def _impossible(
+    budgets: Sequence[Budget], costs: Sequence[CostTable], mask: Array, pins: Mapping[str, str]
+) -> Iterator[InfeasibleError]:
     for budget in budgets:
         table = next(t for t in costs if t.resource == budget.priced_by)
         cheapest = np.where(np.isnan(mask), np.inf, table.value).min(axis=1)
@@ -47,7 +64,7 @@ def check_budgets(budgets: Sequence[Budget], costs: Sequence[CostTable], mask: A
         free = np.nanmin(table.value, axis=1)
         extra = math.fsum(cheapest[i] - free[i] for i in pinned)
         why = _pins_cost(pinned, cheapest - free, budget, table) if extra else ""
-        raise InfeasibleError(
+        yield InfeasibleError(
             "E201",
             f"budget '{budget}' cannot be met: the {_best(budget)} allowed plan needs {smallest}",
             because=why or f"what is not decided takes {in_unit(table.fixed, budget, table)} of it"

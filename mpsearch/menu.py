@@ -21,6 +21,7 @@ from mpsearch.hardware.calls import refuses
 from mpsearch.hardware.profile import Profile
 from mpsearch.layer import Layer, Layers
 from mpsearch.plan import BitPlan, Predicted
+from mpsearch.rules import Rules
 from mpsearch.spec import StudySpec
 from mpsearch.tables import Array, CostTable
 
@@ -164,28 +165,23 @@ class Menu:
         return mask
 
     def _bar_for_target(self, mask: Array) -> None:
-        """Take off the menu what the target cannot hold.
-
-        Raises:
-            InputError: layers that the target loads as one are decided apart, or may get different formats (E121).
-        """
+        """Take off the menu what the target cannot hold."""
         if self.able is None:
             return
         for i, decision in enumerate(self.layers.decisions):
             for j, fmt in enumerate(self.formats):
                 if not np.isnan(mask[i, j]) and any(self.able.refuses(layer, fmt) for layer in decision.layers):
                     mask[i, j] = np.nan
+
+    @cached_property
+    def rules(self) -> Rules:
+        """The rules of the study, and ties of decisions that the target loads with one format."""
+        rules = Rules.of(self.spec.rules)
+        if self.able is None:
+            return rules
         row_of = {layer.name: i for i, row in enumerate(self.layers.decisions) for layer in row.layers}
-        for names in self.able.groups(self.layers):
-            rows = {row_of[name] for name in names}
-            offered = {j for i in rows for j in np.flatnonzero(~np.isnan(mask[i])).tolist()}
-            if len(rows) > 1 and len(offered) > 1:
-                raise InputError(
-                    "E121",
-                    f"{self.able.title} loads {', '.join(names[:3])}{' …' if len(names) > 3 else ''} with one format, "
-                    "and they are decided apart",
-                    advice='tie them, or leave it to ties = "auto"',
-                )
+        groups = [sorted({row_of[name] for name in names}) for names in self.able.groups(self.layers)]
+        return replace(rules, ties=(*rules.ties, *(rows for rows in groups if len(rows) > 1)))
 
     def _ask_for_activations(self, mask: Array) -> None:
         """Take weights alone off the menu of decisions that can take the same weights with an activation."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +206,9 @@ class BitPlan:
             {**t, "name": t["layer"], "dtype": t["stored_dtype"], "shared": t["shared_with"]} for t in data["tensors"]
         ]
         model = {name: str(value) for name, value in data["model"].items() if name not in ("weights", "macs_per")}
-        predicted = {name: value for name, value in data["predicted"].items() if name != "bytes"}
+        # What a later writer of this schema says beside is passed over.
+        known = {each.name for each in fields(Predicted)}
+        predicted = {name: value for name, value in data["predicted"].items() if name in known}
         return cls(
             Layers.from_json({"layers": items, "excluded": data["kept"], "unit": data["model"]["macs_per"]}),
             {t["layer"]: Format.parse(t["format"]) for t in data["tensors"]},

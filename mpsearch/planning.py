@@ -115,7 +115,7 @@ class Planner(Menu):
         for table in self.costs if goal != "loss" else ():
             if table.resource not in problem.resources:
                 problem = problem.with_resource(table.resource, table.value, math.inf)
-        rules = Rules.of(self.spec.rules)
+        rules = self.rules
         solution = solve_problem(
             problem, self.spec.solver, self.spec.solver_settings, rules=rules, goal=goal, most_loss=most_loss
         )
@@ -263,7 +263,7 @@ class Planner(Menu):
             solution.gap if math.isfinite(solution.gap) and of_loss else None,
             plan.cost,
         )
-        rules = Rules.of(self.spec.rules)
+        rules = self.rules
         return Answer(replace(plan, predicted=predicted), problem, solution, settled.spread, rules, self.costs)
 
     def predict(self, scores: SensitivityTable, plan: BitPlan) -> BitPlan:

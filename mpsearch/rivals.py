@@ -82,7 +82,7 @@ def sweep(planner: Planner, scores: SensitivityTable, budgets: Sequence[Budget],
 
 def random(planner: Planner, scores: SensitivityTable, budgets: Sequence[Budget], count: int) -> Iterator[Labelled]:
     """Random plans that fill the budgets, for comparison."""
-    ruled = Rules.of(planner.spec.rules).apply(planner.problem(scores, budgets))
+    ruled = planner.rules.apply(planner.problem(scores, budgets))
     for k in range(count):
         solver = registry.make("solvers", "random", seed=planner.spec.seed + k)
         if reason := solver.refuses(ruled.problem):
@@ -101,7 +101,7 @@ def _keeps(planner: Planner, plan: BitPlan, budgets: Sequence[Budget]) -> bool:
 
 def _keeps_rules(planner: Planner, plan: BitPlan) -> bool:
     """Whether a plan is one that the rules allow, whatever it costs."""
-    if not planner.spec.rules:
+    if planner.rules == Rules():
         return True
     columns = {fmt: j for j, fmt in enumerate(planner.formats)}
     choice = [columns.get(plan.formats[row.layers[0].name], -1) for row in planner.layers.decisions]
@@ -115,7 +115,7 @@ def _keeps_rules(planner: Planner, plan: BitPlan) -> bool:
         tuple(map(str, planner.formats)),
         tuple(table.resource for table in planner.costs),
     )
-    return -1 not in choice and Rules.of(planner.spec.rules).apply(problem).whole.fits(np.array(choice))
+    return -1 not in choice and planner.rules.apply(problem).whole.fits(np.array(choice))
 
 
 def _uniform_cache(planner: Planner) -> tuple[Format, ...]:

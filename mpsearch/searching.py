@@ -19,7 +19,6 @@ from mpsearch.planning import Labelled, Planner
 from mpsearch.ports import Searcher
 from mpsearch.problem import Problem
 from mpsearch.ruled import Ruled
-from mpsearch.rules import Rules
 from mpsearch.trials import Searched, Seen, Trial
 
 if TYPE_CHECKING:
@@ -97,7 +96,7 @@ def search_study(
         session.planner.check(wanted)
         scores, _ = session.score(study.spec.estimator)
         study.store.link(study.name, "scores", str(scores.source["scope"]))
-        ruled = Rules.of(study.spec.rules).apply(session.planner.problem(scores, wanted))
+        ruled = session.planner.rules.apply(session.planner.problem(scores, wanted))
         problem = ruled.problem
         if reason := made.refuses(problem):
             raise InputError("E210", f"searcher '{name}' cannot take this: {reason}")

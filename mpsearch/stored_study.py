@@ -167,6 +167,25 @@ class StoredStudy:
         self.store.put("plan", answer.plan.key, answer.plan.to_json())
         return answer
 
+    def plan_for(self, target: str, *budgets: str) -> BitPlan:
+        """Solve again with only what a target can hold; decisions that it loads as one are tied.
+
+        Weights count with the bytes that it stores. Losses of decisions that are tied here add up, where a study for
+        the target measures them together.
+
+        Args:
+            target: name of the target.
+            budgets: as for `answer`.
+
+        Raises:
+            InputError: no such target (E107), or a layer that it holds in no format of the study (E130).
+            InfeasibleError: as `answer`.
+        """
+        wanted = parse_budgets(budgets) if budgets else self.budgets
+        planner = self._planner(wanted)
+        planner = replace(planner, spec=replace(planner.spec, target=target))
+        return planner.answer(self.scores, wanted).plan
+
     def doubts(self, *budgets: str, by: float = 1.645) -> tuple[Doubt, ...]:
         """List the decisions whose format the errors of the scores leave open (see `mpsearch.doubts`).
 

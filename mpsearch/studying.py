@@ -27,6 +27,8 @@ from mpsearch.stored_study import StoredStudy
 from mpsearch.tasks import RatioTask, Survey, SurveyTask
 
 if TYPE_CHECKING:
+    from mpsearch.front import Measurement
+    from mpsearch.plan import BitPlan
     from mpsearch.standings import Tournament
     from mpsearch.trials import Searched
 
@@ -101,6 +103,12 @@ class Study(StoredStudy):
         from mpsearch.tournament import hold
 
         return hold(self, estimators, plans=plans, sizes=sizes, limit=limit)
+
+    def measure(self, plans: Mapping[str, BitPlan]) -> dict[str, Measurement]:
+        """Measure plans from elsewhere beside the study's own (see `mpsearch.visiting.measure_plans`)."""
+        from mpsearch.visiting import measure_plans
+
+        return measure_plans(self, plans)
 
     def search(
         self,

@@ -375,6 +375,11 @@ def test_stored_times_serve_other_budgets(served: tuple[Any, Path]) -> None:
     with pytest.raises(InfeasibleError, match="the fastest allowed plan needs") as caught:
         study.plan("tpot <= 1 us at context 64")
     assert caught.value.code == "E201"
+    # All that cannot be met are named, not only the first.
+    with pytest.raises(InfeasibleError, match="2 budgets cannot be met") as caught:
+        study.plan("tpot <= 1 us at context 64", "weights <= 1 bits")
+    assert "'tpot <= 1 us" in caught.value.because
+    assert "'weights <= 1 bits'" in caught.value.because
     with pytest.raises(InputError, match="E434"):
         study.plan("ttft <= 1 s at prompt 128")
     least = study.plan("memory <= 3 MiB at context 64", goal="tpot at context 64", most_loss=1e9)

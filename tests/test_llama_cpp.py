@@ -16,7 +16,8 @@ import torch
 from mpsearch.errors import InputError, MpsearchError
 from mpsearch.exports.folder import MANIFEST
 from mpsearch.exports.gguf_names import ARCHITECTURES, GgufNames
-from mpsearch.exports.llama_cpp import PLAIN_TYPES, LlamaCpp, read_tensor_types
+from mpsearch.exports.gguf_place import PLAIN_TYPES
+from mpsearch.exports.llama_cpp import LlamaCpp, read_tensor_types
 from mpsearch.exports.native import PLAN, Native
 from mpsearch.format import Format
 from mpsearch.formats.gguf_types import GgufType

@@ -61,6 +61,10 @@ def run(
         str | None, typer.Option(help="Whose kernels are timed: onnxruntime, file:profile.json, … (mpsearch targets).")
     ] = None,
     energy: Annotated[str | None, typer.Option(help="Table of picojoules, for budgets of energy.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Who will load the plan, such as vllm: only what it holds (mpsearch targets)."),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Score, solve, measure, and write the report and the plan.
@@ -78,7 +82,7 @@ def run(
         "budgets": tuple(budget) if budget else None, "formats": tuple(format) if format else None,
         "activations": tuple(activation) if activation else None, "kv": tuple(kv) if kv else None,
         "pins": _pins(pin) if pin else None, "trust_remote_code": trust_remote_code or None, "workers": workers,
-        "engine": engine, "energy": energy,
+        "engine": engine, "energy": energy, "target": target,
     }  # fmt: skip
     values: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if not what.startswith(PREFIX) and not Path(what).exists():

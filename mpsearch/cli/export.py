@@ -13,7 +13,10 @@ from mpsearch.cli.options import DEFAULT_STORAGE, Budgets, Storage, open_study
 from mpsearch.errors import InputError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mpsearch.plan import BitPlan
+    from mpsearch.studying import Study
     from mpsearch.tasks import Setup
 
 
@@ -32,6 +35,9 @@ def export(
     python: Annotated[str, typer.Option(help="With --verify: interpreter that has the target's library.")] = "",
     target_version: Annotated[str, typer.Option(help="Version of the target; the tested one by default.")] = "",
     assume: Annotated[str, typer.Option(help="Version whose facts count where none are known.")] = "",
+    substitute: Annotated[
+        bool, typer.Option("--substitute", help="Solve again with only what the target holds, and say what changed.")
+    ] = False,
     setting: Annotated[list[str] | None, typer.Option("--set", help="Setting of the exporter, NAME=VALUE.")] = None,
 ) -> None:
     """Write a plan for another tool, and have that tool read it back.
@@ -50,12 +56,20 @@ def export(
     known = registry.settings("exporters", to)
     given = {key: value for key, value in chosen.items() if value and (key in known or key != "force")}
     exporter = registry.make("exporters", to, **given, **read_settings(setting or []))
+    if name.endswith(".json") and substitute:
+        raise UsageError(
+            "E115",
+            "--substitute solves again, and a plan file holds no scores to solve on",
+            advice="export by the name of its study",
+        )
     if name.endswith(".json"):
         plan, source, setup = BitPlan.load(name), model, None
     else:
         study = open_study(name, storage)
         try:
             plan, source = study.plan(*(budget or [])), model or study.spec.model
+            if substitute:
+                plan = _substituted(study, plan, to, budget or [])
             setup = replace(study.spec.setup, model=source)
         finally:
             study.store.close()
@@ -78,6 +92,21 @@ def export(
         if not folder:
             raise UsageError("E113", "--verify needs the model to compare with", advice="name its folder: --model")
         _verify(to, exporter, plan, out, loaded or _model_for(name, plan, folder, setup, calibrated), folder, python)
+
+
+def _substituted(study: Study, plan: BitPlan, to: str, budgets: Sequence[str]) -> BitPlan:
+    """The plan of the same budgets with only what the target holds; prints what that changes and what it costs."""
+    found = study.plan_for(to, *budgets)
+    differs = plan.compare(found)
+    for layer, before, after in differs:
+        sys.stderr.write(f"instead: {layer}: {after}, not {before}\n")
+    if differs and plan.loss is not None and found.loss is not None:
+        cost = f"{found.loss - plan.loss:+.4g} {plan.predicted.unit} of predicted loss"
+        sys.stderr.write(
+            f"{len(differs)} layers differ; {to} costs {cost} ({plan.loss:.4g} to {found.loss:.4g}); "
+            f"{plan.stored_bytes:,} to {found.stored_bytes:,} bytes\n"
+        )
+    return found
 
 
 def _folder(source: str) -> str:

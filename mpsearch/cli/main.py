@@ -9,8 +9,21 @@ from collections.abc import Sequence
 import typer
 
 from mpsearch import __version__
-from mpsearch.cli import compute, estimators, export, formats, measure, options, profile, search, solvers, stored
-from mpsearch.errors import MpsearchError
+from mpsearch.cli import (
+    compute,
+    estimators,
+    export,
+    formats,
+    measure,
+    options,
+    plans,
+    profile,
+    search,
+    solvers,
+    stored,
+    targets,
+)
+from mpsearch.errors import MpsearchError, ResourceError
 
 app = typer.Typer(
     name="mpsearch",
@@ -30,13 +43,14 @@ for command in (
     formats.formats,
     estimators.estimators,
     solvers.solvers,
-    profile.targets,
+    targets.targets,
     profile.profile,
     measure.measure,
     search.search,
     compute.demo,
 ):
     app.command()(command)
+app.add_typer(plans.app, name="plan")
 
 
 def _version(wanted: bool) -> None:
@@ -73,6 +87,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"{options.plain(str(error))}\n")
         return error.exit_code
+    except ModuleNotFoundError as error:
+        if options.DEBUG.get() or (error.name or "mpsearch").partition(".")[0] == "mpsearch":
+            raise
+        missing = ResourceError(
+            "E702",
+            f"the package '{error.name}' is not installed, and this command needs it",
+            advice="pip install mpsearch; to time kernels alone, give a list of layers: mpsearch layers MODEL --json",
+        )
+        sys.stderr.write(f"{missing}\n")
+        return missing.exit_code
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     return 0

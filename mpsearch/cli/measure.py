@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -57,6 +58,9 @@ class Compared:
 def measure(
     name: Annotated[str, typer.Argument(help="Name of the study.")],
     latency: Annotated[bool, typer.Option("--latency", help="Run the plan whole: time and memory.")] = False,
+    plan_file: Annotated[
+        list[Path] | None, typer.Option("--plan", help="Measure the loss of a plan from elsewhere; again for more.")
+    ] = None,
     budget: Budgets = None,
     storage: Storage = DEFAULT_STORAGE,
     model: Annotated[str, typer.Option(help="Model folder, when it is not where the study had it.")] = "",
@@ -64,14 +68,20 @@ def measure(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Build a plan as the engine would run it, run it, and compare time and memory with what was predicted.
+    """Run a plan whole and compare time and memory with what was predicted, or measure plans from elsewhere.
+
+    mpsearch measure tiny-llama --plan theirs.json
 
     mpsearch measure served --latency
 
     mpsearch measure served --latency --budget 'tpot <= 12 ms at context 2048'
     """
+    if plan_file:
+        _measure_losses(name, plan_file, storage, quiet or as_json, as_json)
     if not latency:
-        raise UsageError("E115", "nothing to measure", advice="--latency; losses are measured by mpsearch run")
+        if plan_file:
+            return
+        raise UsageError("E115", "nothing to measure", advice="--latency, or --plan FILE for its loss")
     study = open_study(name, storage)
     try:
         plan = study.plan(*(budget or []))
@@ -83,6 +93,30 @@ def measure(
         sys.stdout.write(json.dumps([{**asdict(row), "off": row.off} for row in compared], indent=1) + "\n")
         return
     _print(compared)
+
+
+def _measure_losses(name: str, files: Sequence[Path], storage: str, quiet: bool, as_json: bool) -> None:
+    """Measure plan files beside the plans of a study, and say where they stand."""
+    from mpsearch.cli.progress import Progress
+    from mpsearch.cli.show import console, front_table, safe
+    from mpsearch.plan import BitPlan
+
+    plans = {file.stem: BitPlan.load(file) for file in files}
+    study = open_study(name, storage)
+    study.report = progress = Progress(quiet)
+    try:
+        found = study.measure(plans)
+        progress.end()
+        for notice in study.notices:
+            sys.stderr.write(f"{safe(str(notice))}\n")
+        if as_json:
+            sys.stdout.write(json.dumps([one.to_json() for one in found.values()], indent=1) + "\n")
+            return
+        chosen = study.plans[0].plan.assignment if study.plans else ""
+        console().print(front_table(study.measurements, study.front, study.survey.layers.weights, chosen))
+    finally:
+        progress.end()
+        study.store.close()
 
 
 def compare(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,34 +75,6 @@ def profile(
     sys.stdout.write(f"\nwritten     {out}\nuse         mpsearch run … --engine file:{out}\n")
 
 
-def targets(as_json: Json = False) -> None:
-    """List what prices a plan: resources that budgets can name, and the engines whose kernels can be timed.
-
-    mpsearch targets
-    """
-    from rich.table import Table
-    from rich.text import Text
-
-    from mpsearch.cli.show import console
-
-    resources, engines = list(_resources()), list(_engines())
-    if as_json:
-        sys.stdout.write(json.dumps({"resources": resources, "engines": engines}, indent=1) + "\n")
-        return
-    out = console()
-    table = Table("budget", "unit", "what it counts", title="Resources", title_justify="left", box=None)
-    for row in resources:
-        table.add_row(Text(row["budget"]), Text(row["units"]), Text(row["what"]))
-    out.print(table)
-    out.print()
-    table = Table("engine", "here", "what it times", title="Engines", title_justify="left", box=None)
-    for row in engines:
-        table.add_row(Text(row["name"]), Text(row["missing"] or "yes"), Text(row["does"]))
-    out.print(table)
-    out.print()
-    out.print("An engine of yours on another machine: mpsearch profile there, and engine = 'file:profile.json' here.")
-
-
 def _layers(model: str) -> Layers:
     """Layers of a model, or of a file that lists them: that needs neither torch nor the model."""
     from mpsearch.layer import Layers
@@ -152,38 +124,3 @@ def _print(found: Profile) -> None:
 
 def _interval(low: float, high: float) -> str:
     return f"{low * 1e6:,.1f} to {high * 1e6:,.1f}"
-
-
-def _resources() -> Iterator[dict[str, str]]:
-    from mpsearch.budget import units
-
-    rows = (
-        ("weights <= 4.25 bits", "weights", "stored bytes of the whole model: exact"),
-        ("memory <= 8 GiB at context 8192, batch 4", "memory", "weights and KV caches: exact; activations: modelled"),
-        ("kv <= 2 GiB at context 8192", "kv", "KV caches alone: exact"),
-        ("bops <= 60 %", "bops", "multiply-adds times bits of both factors: modelled"),
-        ("ttft <= 180 ms at prompt 512", "ttft", "time to the first token: measured kernels"),
-        ("tpot <= 14 ms at context 2048", "tpot", "time of each further token: measured kernels"),
-        ("latency <= 2 s at prompt 512, output 128", "latency", "whole requests, or a mix of them: measured kernels"),
-        ("traffic <= 1 GB at context 2048", "traffic", "bytes that a decode step reads: modelled"),
-        ("energy <= 3 mJ at context 2048", "energy", "by your own table of picojoules: modelled"),
-    )
-    for budget, resource, what in rows:
-        yield {"budget": budget, "units": " ".join(units(resource)), "what": what}
-
-
-def _engines() -> Iterator[dict[str, Any]]:
-    from mpsearch import registry
-
-    whole = registry.names("wholes")
-    for name in registry.names("engines"):
-        made = registry.load("engines", name)
-        # A roofline cannot be set up without its figures; it needs nothing to be installed.
-        missing = "" if name == "roofline" else made().missing()
-        advice = f"{missing}: pip install 'mpsearch[{made.extra}]'" if missing and made.extra else missing
-        yield {
-            "name": name,
-            "missing": advice,
-            "does": (made.__doc__ or "").strip().splitlines()[0].rstrip(".:"),
-            "settings": [*registry.settings("engines", name), "threads", *(["wholes"] if name in whole else [])],
-        }

@@ -38,8 +38,8 @@ from mpsearch.model.bits import pack_rows
 from mpsearch.model.codec import Evidence
 from mpsearch.model.quantize import TORCH_DTYPES, check_finite, quantize
 
-#: Weights that are rounded at a time, where rows do not hang together.
-CHUNK = 1 << 23
+#: Weights that are rounded at a time, where rows do not hang together: what the processor's cache holds in float32.
+CHUNK = 1 << 18
 _WORD = 32
 _MOST = 2.0**-8
 _PLAIN: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -162,15 +162,19 @@ def _scale_shape(weight: Any, layer: Layer) -> tuple[int, ...]:
 
 def _rounded(weight: Tensor, fmt: Format, layer: Layer, evidence: Evidence) -> dict[str, Tensor]:
     """Round a weight, a few rows at a time where these are rounded by themselves."""
-    check_finite(layer.name, weight)
     whole: Any = fmt.weight
     apart = whole.family == "mx" or getattr(whole, "granularity", "") in ("channel", "group", "block")
     height = getattr(whole, "height", 0) or 1
     step = max(1, CHUNK // layer.columns // height) * height if apart and not fmt.weight.needs else layer.rows
-    made = [
-        quantize(part, fmt, layer.row_axes, name=layer.name, evidence=evidence).parts
-        for part in torch.split(weight, step)
-    ]
+    try:
+        made = [
+            quantize(part, fmt, layer.row_axes, name=layer.name, evidence=evidence).parts
+            for part in torch.split(weight, step)
+        ]
+    except InputError:
+        # Tell the place in the whole weight, where it is one.
+        check_finite(layer.name, weight)
+        raise
     return {name: torch.cat([parts[name] for parts in made]) if len(made) > 1 else made[0][name] for name in made[0]}
 
 
@@ -214,11 +218,11 @@ def _small_floats(parts: Mapping[str, Tensor], fmt: Format) -> dict[str, Tensor]
 def _words(codes: Tensor, bits: int, offset: int) -> Tensor:
     """Pack each row's codes into 32-bit words, the lowest bits first."""
     rows, count = codes.shape
-    width = 4 * _words_of(count, bits)
-    packed = np.zeros((rows, width), np.uint8)
+    packed = np.zeros((rows, 4 * _words_of(count, bits)), np.uint8)
     step = max(1, CHUNK // count)
     for start in range(0, rows, step):
-        part = (codes[start : start + step].to(torch.int16) + offset).to(torch.uint8).cpu().numpy()
+        # In 8 bits a sum that passes 255 is what it is less 256: a code below zero gets its place above.
+        part = (codes[start : start + step].contiguous().view(torch.uint8) + offset).cpu().numpy()
         held = pack_rows(part, bits).reshape(len(part), -1)
         packed[start : start + step, : held.shape[1]] = held
     return torch.from_numpy(packed.view("<i4"))

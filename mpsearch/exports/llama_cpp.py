@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import gguf
+from typing import Any
 
 from mpsearch.capabilities import cannot_hold
-from mpsearch.errors import InputError, did_you_mean
+from mpsearch.errors import InputError
 from mpsearch.exports.folder import write_folder
-from mpsearch.exports.gguf_names import ARCHITECTURES, GgufNames
+from mpsearch.exports.gguf_place import entries
 from mpsearch.files import write_file
-from mpsearch.format import Format
-from mpsearch.formats.gguf_types import GgufType
-from mpsearch.layer import Excluded, Layer
 from mpsearch.plan import BitPlan
 
 TYPES_FILE = "tensor-types.txt"
 SCRIPT_FILE = "quantize.sh"
+PLAN_FILE = "plan.json"
 
-#: Plain number type -> what GGUF calls it.
-PLAIN_TYPES: Mapping[str, str] = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
-# What a refusal offers instead, where it fits.
-_OFFERED = ("q8_0", "q6_K", "q5_K", "q4_K", "q4_0", *PLAIN_TYPES)
-_STORED_TYPES: Mapping[str, str] = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 # Quantised file types that need no importance matrix -> the type of most of their tensors.
 _BASES: Mapping[str, str] = {
     "Q8_0": "q8_0",
@@ -43,9 +34,6 @@ _BASES: Mapping[str, str] = {
     "IQ4_NL": "iq4_nl",
     "IQ4_XS": "iq4_xs",
 }
-# Tensors that llama.cpp keeps in 32 bits whatever is asked for.
-_ALWAYS_F32 = re.compile(r"(_norm|^position_embd|^token_types|\.ffn_gate_inp)\.weight$")
-_CACHE = "{layer}: {fmt} has no place in GGUF: llama.cpp is told of its caches when it runs; allowed kv-bf16, kv-fp16"
 _LINE = re.compile(r"\^((?:[a-z0-9_]|\\\.)+)\$=([a-z0-9_]+)")
 _SCRIPT = f"""#!/bin/sh
 # Usage: sh {SCRIPT_FILE} MODEL.gguf OUT.gguf
@@ -59,15 +47,6 @@ fi
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
 exec "${{LLAMA_QUANTIZE:-llama-quantize}}" --tensor-type-file "$here/{TYPES_FILE}" "$1" "$2" BASE
 """
-
-
-class _Entry(NamedTuple):
-    """What becomes of one tensor: a GGUF name and type, or a problem, or neither when llama.cpp decides alone."""
-
-    owner: str
-    name: str = ""
-    kind: str = ""
-    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,7 +69,8 @@ class LlamaCpp:
             name it.
         force: replace an earlier export in the same folder.
 
-    >>> from mpsearch.layer import Layers
+    >>> from mpsearch.format import Format
+    >>> from mpsearch.layer import Layer, Layers
     >>> layers = Layers((Layer("model.layers.0.mlp.up_proj", "linear", (8, 64)),))
     >>> plan = BitPlan(layers, {"model.layers.0.mlp.up_proj": Format.parse("int3-g64")})
     >>> print(*LlamaCpp("LlamaForCausalLM").refuses(plan))  # doctest: +NORMALIZE_WHITESPACE
@@ -103,10 +83,10 @@ class LlamaCpp:
 
     def refuses(self, plan: BitPlan) -> Sequence[str]:
         """Name every layer that GGUF cannot hold as planned: its name, what is wanted, what is allowed."""
-        return [entry.problem for entry in self._entries(plan) if entry.problem]
+        return [entry.problem for entry in entries(plan, self.architecture) if entry.problem]
 
     def write(self, plan: BitPlan, folder: Path, model: Any = None) -> Sequence[Path]:
-        """Write ``tensor-types.txt`` and ``quantize.sh``.
+        """Write ``tensor-types.txt`` and ``quantize.sh``, and beside them ``plan.json``.
 
         Args:
             plan: the plan.
@@ -119,35 +99,19 @@ class LlamaCpp:
         Raises:
             InputError: layers that GGUF cannot hold (E301), or the folder holds files (E303).
         """
-        entries = self._entries(plan)
-        violations = [entry.problem for entry in entries if entry.problem]
+        placed = entries(plan, self.architecture)
+        violations = [entry.problem for entry in placed if entry.problem]
         if violations:
             raise cannot_hold("llama.cpp", violations)
-        listed = [entry for entry in entries if entry.kind]
+        listed = [entry for entry in placed if entry.kind]
         lines = [f"^{re.escape(entry.name)}$={entry.kind}\n" for entry in listed]
         base = _base_type({entry.kind for entry in listed})
-        writers = {
+        writers: dict[str, Callable[[Path], object]] = {
             TYPES_FILE: partial(write_file, content="".join(lines)),
             SCRIPT_FILE: partial(write_file, content=_SCRIPT.replace("BASE", base)),
+            PLAN_FILE: plan.save,
         }
         return write_folder(folder, "llama.cpp", writers, self.force)
-
-    def _entries(self, plan: BitPlan) -> list[_Entry]:
-        """Place every tensor of a plan, in the order of the GGUF file."""
-        architecture = plan.model.get("architecture", "") or self.architecture
-        if architecture not in ARCHITECTURES:
-            return [_Entry("model", problem=_unknown(architecture))]
-        kept = plan.layers.excluded
-        weights = [layer for layer in plan.layers if layer.kind != "kv_cache"]
-        names = GgufNames(architecture, [*(layer.tensor for layer in weights), *(tensor.name for tensor in kept)])
-        entries = [_place(layer, plan.formats[layer.name], names, architecture) for layer in weights]
-        entries += [
-            _Entry(layer.name, problem=_CACHE.format(layer=layer.name, fmt=plan.formats[layer.name]))
-            for layer in plan.layers
-            if layer.kind == "kv_cache" and str(plan.formats[layer.name]) not in ("kv-bf16", "kv-fp16")
-        ]
-        entries += [_place_kept(tensor, names, architecture) for tensor in kept]
-        return sorted(_without_doubles(entries), key=lambda entry: names.order(entry.name))
 
 
 def read_tensor_types(path: Path) -> dict[str, str]:
@@ -170,74 +134,6 @@ def read_tensor_types(path: Path) -> dict[str, str]:
     return types
 
 
-def _place(layer: Layer, fmt: Format, names: GgufNames, architecture: str) -> _Entry:
-    name = _gguf_name(layer, names)
-    allowed = [text for text in _OFFERED if not Format.parse(text).refuses(layer)]
-    kind = _type_of(fmt)
-    if layer.is_part:
-        return _Entry(layer.name, problem=f"{layer.name}: is part of a tensor, and GGUF gives a whole tensor one type")
-    if layer.kind not in ("linear", "embedding") or len(layer.shape) != 2:
-        reason, allowed = f"has no place in GGUF: the layer is a {layer.kind} of shape {layer.shape}", []
-    elif not name:
-        reason, allowed = f"has no place in GGUF: {architecture} has no tensor of this name there", []
-    elif _ALWAYS_F32.search(name):
-        reason, allowed = ("" if kind == "f32" else f"has no place: llama.cpp keeps '{name}' in 32 bits"), ["fp32"]
-    elif not kind:
-        reason = "is no GGUF type"
-    elif fmt.refuses(layer):
-        reason = f"does not fit: {fmt.refuses(layer)}"
-    elif fmt.bytes(layer) != _gguf_bytes(layer, kind):
-        reason = f"is {fmt.bytes(layer)} bytes here and {_gguf_bytes(layer, kind)} in {kind}"
-    else:
-        reason = ""
-    if not reason:
-        return _Entry(layer.name, name, kind)
-    return _Entry(layer.name, problem=f"{layer.name}: {fmt} {reason}; allowed {', '.join(allowed) or 'nothing'}")
-
-
-def _type_of(fmt: Format) -> str:
-    """Return the GGUF type that holds a format; empty when none does."""
-    return fmt.type_name.lower() if isinstance(fmt, GgufType) else PLAIN_TYPES.get(str(fmt), "")
-
-
-def _place_kept(kept: Excluded, names: GgufNames, architecture: str) -> _Entry:
-    """List what llama.cpp would quantise on its own: tensors of two axes or more that are called a weight."""
-    name = names.find(kept.name)
-    if len(kept.shape) < 2 or _ALWAYS_F32.search(name) or (name and not name.endswith(".weight")):
-        return _Entry(kept.name)
-    kind = _STORED_TYPES.get(kept.dtype, "")
-    if name and kind:
-        return _Entry(kept.name, name, kind)
-    reason = f"GGUF has no {kept.dtype}" if name else f"{architecture} has no tensor of this name in GGUF"
-    return _Entry(kept.name, problem=f"{kept.name}: cannot be kept as it is: {reason}")
-
-
-def _gguf_name(layer: Layer, names: GgufNames) -> str:
-    """Return the one GGUF name of a layer; empty when it has none, or when GGUF would hold it several times."""
-    found = {names.find(f"{module}.weight" if module else "weight") for module in (layer.name, *layer.shared)}
-    # A head that shares the embedding's weight is left out of the file, and some architectures know no other head.
-    if "token_embd.weight" in found and found <= {"token_embd.weight", "output.weight", ""}:
-        return "token_embd.weight"
-    return found.pop() if len(found) == 1 else ""
-
-
-def _without_doubles(entries: Collection[_Entry]) -> Iterator[_Entry]:
-    owners: dict[str, str] = {}
-    for entry in entries:
-        if entry.name in owners:
-            problem = f"{entry.owner}: is '{entry.name}' in GGUF, and so is {owners[entry.name]}"
-            yield _Entry(entry.owner, problem=problem)
-            continue
-        if entry.name:
-            owners[entry.name] = entry.owner
-        yield entry
-
-
-def _gguf_bytes(layer: Layer, kind: str) -> int:
-    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]]
-    return layer.rows * (layer.columns // block) * size
-
-
 def _base_type(used: Collection[str]) -> str:
     """Choose the type of the command line: quantised, or llama.cpp ignores the list, and none of the list's own.
 
@@ -245,10 +141,3 @@ def _base_type(used: Collection[str]) -> str:
     every one of them gets the first.
     """
     return next((base for base, kind in _BASES.items() if kind not in used), "Q8_0")
-
-
-def _unknown(architecture: str) -> str:
-    if not architecture:
-        return "model: the plan does not name the model's architecture; give it, such as LlamaForCausalLM"
-    close = did_you_mean(architecture, ARCHITECTURES)
-    return f"model: the GGUF names of {architecture!r} are not known{close}; known are {', '.join(ARCHITECTURES)}"

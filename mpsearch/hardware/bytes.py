@@ -23,7 +23,8 @@ class Bytes:
 
     Attributes:
         container: checkpoint format, one of `mpsearch.hardware.containers.CONTAINERS`. The targets ``bytes@gptq``,
-            ``bytes@awq``, ``bytes@compressed-tensors`` and ``bytes@gguf`` are this one with a container.
+            ``bytes@awq``, ``bytes@compressed-tensors``, ``bytes@gguf`` and ``bytes@onnxruntime`` are this one with a
+            container.
 
     >>> layers, formats = Layers((Layer("fc", "linear", (32, 64)),)), [Format.parse("int4-g64")]
     >>> [Bytes(where).cost(layers, formats).value.tolist() for where in ("native", "gptq", "gguf")]
@@ -79,3 +80,8 @@ def compressed_tensors() -> Bytes:
 def gguf() -> Bytes:
     """The target ``bytes@gguf``."""
     return Bytes("gguf")
+
+
+def onnxruntime() -> Bytes:
+    """The target ``bytes@onnxruntime``."""
+    return Bytes("onnxruntime")

@@ -14,6 +14,7 @@ With R output channels of C weights, G groups in each, b bits:
   int-quantized: a byte for each weight and each zero point, whatever b is. fp8-e4m3: a byte for each weight. mxfp4,
   mxfp6-e2m3, mxfp8-e4m3: packed codes and a byte for each 32. nvfp4: packed codes, a byte for each 16, one fp32.
 - ``gguf``: blocks of GGUF types.
+- ``onnxruntime``: `mpsearch.hardware.onnx_bytes`.
 
 Where a checkpoint's loader keeps modules apart that share one weight, the weight counts once for each of them.
 
@@ -30,6 +31,7 @@ from typing import Any
 
 from mpsearch.errors import InputError, did_you_mean
 from mpsearch.format import Format
+from mpsearch.hardware import onnx_bytes
 from mpsearch.layer import DTYPE_BITS, Excluded, Layer
 
 _GPTQ_BITS = (2, 3, 4, 8)
@@ -92,11 +94,15 @@ def check_container(container: str) -> None:
 def kept_bytes(kept: Excluded, container: str = "native") -> int:
     """Bytes of a tensor that is left out of the search: as it is stored now, but GGUF keeps vectors in 32 bits.
 
+    A file for ONNX Runtime keeps all floats in 32 bits.
+
     >>> norm = Excluded("norm.weight", (64,), "bfloat16", "1-D norm or bias vector")
     >>> kept_bytes(norm), kept_bytes(norm, "gguf")
     (128, 256)
     """
     if container == "gguf" and len(kept.shape) < 2:
+        return 4 * kept.weights
+    if container == "onnxruntime" and kept.dtype in ("bfloat16", "float16"):
         return 4 * kept.weights
     return kept.stored_bytes
 
@@ -278,4 +284,5 @@ CONTAINERS: Mapping[str, tuple[Callable[[Format, Layer], str], Callable[[Format,
     "awq": (_awq_refuses, _awq),
     "compressed-tensors": (_compressed_refuses, _compressed),
     "gguf": (_gguf_refuses, _gguf),
+    "onnxruntime": (onnx_bytes.refuses, onnx_bytes.parts),
 }

@@ -92,6 +92,8 @@ def _parquet(path: Path) -> list[Mapping[str, Any]]:
 def _time(row: Mapping[str, Any], where: str) -> tuple[str, KernelTime]:
     """(name of the layer or nothing, its time)."""
     for name in row:
+        if str(name).lower() in ("time", "latency", "duration"):
+            raise InputError("E433", f"{where}: a column '{name}' has no unit", advice=f"name it {', '.join(UNITS)}")
         if name not in _COLUMNS:
             raise InputError("E433", f"{where}: no column '{name}'{did_you_mean(str(name), _COLUMNS)}", advice=_HELP)
     units = [name for name in UNITS if row.get(name) not in (None, "")]

@@ -1,0 +1,1 @@
+"""Reading plans of other tools: one module per form, exact or refused."""
