@@ -48,7 +48,7 @@ class TestBitsAndBytes(ExporterSuite):
             "a": "nf4-b64", "b": "nf4-b64", "blocks": "nf4-b128", "four": "int4-g32", "weights": "int8-channel",
             "float": "fp4-e2m1-g64", "half": "bf16", "eight": "int8-channel@int8-token", "nested": "nf4-b64-dq256",
         }  # fmt: skip
-        return plan_of(formats), ["blocks", "four", "float", "half", "weights", "eight", "nested"]
+        return plan_of(formats), ["blocks", "four", "weights", "float", "half", "eight", "nested"]
 
     def read_back(self, folder: Path, plan: BitPlan) -> Mapping[str, str]:
         body = json.loads((folder / "bitsandbytes.json").read_text())["quantization_config"]

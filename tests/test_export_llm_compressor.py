@@ -53,9 +53,9 @@ class TestLlmCompressor(ExporterSuite):
             Layer("uneven", "linear", (64, 96)): "int4-g64",
             Layer("turned", "linear", (64, 64), 1): "int4-g32",
             Layer("cache", "kv_cache", (2, 16)): "kv-int8-token",
+            Layer("cast", "linear", (64, 64)): "bf16",
             up: "int4-g32",
             gate: "int8-g32",
-            Layer("cast", "linear", (64, 64)): "bf16",
             Layer("Linear", "linear", (64, 64)): "int4-g32",
             Layer("re:.*", "linear", (64, 64)): "int4-g32",
         }

@@ -32,7 +32,10 @@ class TestMct(ExporterSuite):
     def refused(self) -> tuple[BitPlan, Sequence[str]]:
         wrong = {"a": f"int3-channel-full{INPUT}", "b": "int4-channel-full", "c": f"int4-channel{INPUT}", "d": "bf16"}
         return plan_of({"x.y": f"int4-channel-full{INPUT}", "x_y": f"int4-channel-full{INPUT}", **wrong}), [
-            *"acbd",
+            "a",
+            "b",
+            "c",
+            "d",
             "x_y",
         ]
 
