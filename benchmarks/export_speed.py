@@ -47,6 +47,8 @@ def told(seconds, before, cpu, **more):
 """
 _OURS = """
 import torch
+import mpsearch.exports.compressed_tensors
+import transformers.models.llama.modeling_llama
 from pathlib import Path
 from mpsearch.plan import BitPlan
 from mpsearch.registry import make

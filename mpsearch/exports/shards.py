@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -69,7 +70,7 @@ def index(parts: Mapping[str, Sequence[Item]]) -> str:
 
 
 def write_shard(stream: BinaryIO, items: Sequence[Item], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file; one item is in memory at a time.
+    """Write a safetensors file; while an item is written the next is made, so that two are in memory.
 
     Tensors of wide numbers stand first, so that each begins at a multiple of its own width, as readers expect.
 
@@ -90,11 +91,21 @@ def write_shard(stream: BinaryIO, items: Sequence[Item], metadata: Mapping[str, 
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     stream.write(len(text).to_bytes(8, "little") + text)
-    for item in items:
-        made = item.make()
+    for item, made in _ahead(items):
         for spec in item.specs:
             value = made[spec.name]
             if value.dtype != spec.dtype or tuple(value.shape) != spec.shape:
                 raise ValueError(f"'{spec.name}' is {value.dtype} {tuple(value.shape)}, announced as {spec}")
             stream.seek(8 + len(text) + places[spec.name])
             stream.write(memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+
+
+def _ahead(items: Sequence[Item]) -> Iterator[tuple[Item, Mapping[str, Tensor]]]:
+    """Make the items one by one in another thread, one ahead of what is taken."""
+    with ThreadPoolExecutor(1) as maker:
+        coming = maker.submit(items[0].make) if items else None
+        for item, following in zip(items, [*items[1:], None], strict=True):
+            assert coming is not None
+            made = coming.result()
+            coming = maker.submit(following.make) if following else None
+            yield item, made
