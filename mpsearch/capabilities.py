@@ -33,7 +33,7 @@ _KEYS = {
     "schema", "schema_version", "target", "title", "versions", "tested", "rounds", "container", "based_on", "fused",
     "alike", "kv", "plain", "leaves", "defaults", "source", "holds",
 }  # fmt: skip
-_RULE_KEYS = {"kinds", "weights", "inputs", "except", "columns_of", "rows_of", "parts", "transposed"}
+_RULE_KEYS = {"kinds", "weights", "inputs", "except", "columns_of", "rows_of", "parts", "transposed", "shared"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Held:
         rows_of: the output channels must be a multiple of this.
         parts: whether parts of layers (heads, channels) can have formats of their own.
         transposed: whether weights whose output channels are not the first axis can be held.
+        shared: whether weights that several modules share can be held.
     """
 
     weights: tuple[str, ...]
@@ -63,6 +64,7 @@ class Held:
     rows_of: int = 1
     parts: bool = False
     transposed: bool = False
+    shared: bool = True
 
     def formats(self, fmt: Format) -> bool:
         """Whether the rule speaks of a format.
@@ -88,12 +90,15 @@ class Held:
         """
         found = [f"columns a multiple of {self.columns_of}"] if self.columns_of > 1 else []
         found += [f"rows a multiple of {self.rows_of}"] if self.rows_of > 1 else []
+        found += [] if self.shared else ["no shared weights"]
         return ", ".join([*found, *(f"not {name}" for name in self.apart)])
 
     def misfit(self, layer: Layer) -> str:
         """Say what of a layer's shape the rule cannot take; empty for nothing."""
         if layer.is_part and not self.parts:
             return "a whole layer has one format, and its parts none"
+        if layer.shared and not self.shared:
+            return f"it shares its weight with {', '.join(layer.shared)}"
         if layer.out_axis and layer.kind == "linear" and not self.transposed:
             return "weights of transposed linear layers are not held"
         if layer.columns % self.columns_of:

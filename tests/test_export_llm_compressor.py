@@ -114,7 +114,7 @@ def test_the_recipe_is_what_llm_compressor_documents(tmp_path: Path) -> None:
 def test_a_shared_weight_is_refused_when_it_is_quantised(tmp_path: Path) -> None:
     layer = Layer("embed", "embedding", (64, 64), dtype="bfloat16", shared=("head",))
     (line,) = LlmCompressor().refuses(BitPlan(Layers((layer,)), {"embed": Format.parse("int8-channel")}))
-    assert line.startswith("embed: quantised, llm-compressor would write this weight without head")
+    assert line.startswith("embed: int8-channel is not held by llm-compressor here: it shares its weight with head")
     layers = Layers((layer, Layer("fc", "linear", (64, 64))))
     plan = BitPlan(layers, {"embed": Format.parse("bf16"), "fc": Format.parse("int4-g32")})
     LlmCompressor().write(plan, tmp_path)

@@ -107,11 +107,6 @@ class LlmCompressor(ScriptExporter):
         for layer in weights_of(plan):
             odd = [name for name in modules(layer) if name.startswith("re:") or name in _CLASSES]
             found += [f"{layer.name}: {title} reads the name '{name}' as a pattern or a class" for name in odd]
-            if layer.shared and _scheme(plan.formats[layer.name]):
-                found.append(
-                    f"{layer.name}: quantised, {title} would write this weight without {', '.join(layer.shared)}, "
-                    "which shares it; leave it as it is"
-                )
         return found
 
     def notes(self, plan: BitPlan) -> Sequence[str]:

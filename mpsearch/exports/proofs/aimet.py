@@ -30,11 +30,13 @@ def main():
     model, tensors = kept[0].model, {}
     for name, part in model.model.named_modules():
         weight = getattr(part, "weight", None)
-        if weight is None:
+        if not isinstance(weight, torch.Tensor):
             continue
         of = written.get(f"model.{name}.weight") or written.get(f"{name}.weight")
         if of is None:
-            tensors[f"{name}.weight"] = {"bits": 32}
+            # It computes in fp32; numbers that 16 bits hold are those of a weight that was left alone.
+            as_stored = any(bool((weight == weight.to(kind).float()).all()) for kind in (torch.bfloat16, torch.float16))
+            tensors[f"{name}.weight"] = {"bits": 16 if as_stored else 32}
             continue
         rows, columns = weight.shape
         quantizer = part.param_quantizers["weight"]
