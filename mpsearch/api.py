@@ -433,7 +433,7 @@ def _study_of_module(
     spec = StudySpec.of_values(model=found.name, calibration="given", budgets=budget, **settings)
     check_batches(calibration, registry.load("estimators", spec.estimator).by, tokens=found.tokens)
     check_batches(list(validation), tokens=found.tokens)
-    what = find_layers(found, calibration, spec.ties, caches=spec.counts_caches)
+    what = find_layers(found, calibration, spec.ties_used, caches=spec.counts_caches)
     bench = Workbench(found, calibration, list(validation), what)
     identity = {
         "model": found.digest,

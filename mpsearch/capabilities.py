@@ -26,8 +26,17 @@ SCHEMA_VERSION = 1
 #: Number types that need no rule.
 PLAIN = ("bf16", "fp16", "fp32")
 _NAME_OF = {"bfloat16": ("bf16",), "float16": ("fp16",), "float32": ("fp32",)}
+#: What a study for a target offers unless it is told otherwise, as far as the target holds it.
+_USUAL = (
+    *(f"int{bits}-g64" for bits in range(2, 9)), "int8-channel", *(f"int{bits}-g64-asym" for bits in (2, 3, 4, 6, 8)),
+    "q2_K", "q3_K", "q4_K", "q5_K", "q6_K", "q8_0", "nf4-b64", "fp8-e4m3-b128x128", "fp8-e4m3-channel@fp8-e4m3-token",
+    "mxfp4", "mxfp8-e4m3", "int4-channel-full@int8-tensor-static", "int8-channel-full@int8-tensor-static",
+    "int8-channel@int8-token",
+)  # fmt: skip
 #: Lines of a refusal that are shown.
 _SHOWN = 20
+#: Layers that are named for one reason.
+_NAMED = 8
 _ROUNDING = re.compile(r"-(mse|gptq|fisher)$")
 _KEYS = {
     "schema", "schema_version", "target", "title", "versions", "tested", "rounds", "container", "based_on", "fused",
@@ -198,7 +207,9 @@ class Capabilities:
         found = [f"{name}: {reason}" for name, reason in wrong.items() if reason]
         for names in self.groups(plan.layers):
             formats = [str(plan.formats[name]) for name in names]
-            if len(set(formats)) > 1 and not any(wrong[name] for name in names):
+            # How codes were found does not change what is stored.
+            layouts = {(_ROUNDING.sub("", str(plan.formats[x].weight)), str(plan.formats[x].activation)) for x in names}
+            if len(layouts) > 1 and not any(wrong[name] for name in names):
                 given = ", ".join(f"{name} {fmt}" for name, fmt in zip(names, formats, strict=True))
                 found.append(f"{names[0]}: {self.title} loads these as one, which has one format: {given}; tie them")
         return found
@@ -225,6 +236,17 @@ class Capabilities:
         """Return the table as plain values."""
         found = {**asdict(self), "based_on": [other.target for other in self.based_on]}
         return {**found, "fused": [sorted(names) for names in self.fused]}
+
+    @property
+    def menu(self) -> tuple[str, ...]:
+        """The usual formats that it holds for some layer, and 16 bits for what it leaves alone.
+
+        >>> capabilities("mlx").menu[:3]
+        ('int2-g64-asym', 'int3-g64-asym', 'int4-g64-asym')
+        """
+        layers = [Layer("layer", kind, (512, 512), dtype="bfloat16") for kind in ("linear", "embedding")]
+        held = (text for text in _USUAL if not all(self.refuses(layer, Format.parse(text)) for layer in layers))
+        return (*held, *(() if self.leaves and "linear" not in self.leaves else ("bf16",)))
 
     @property
     def fuses(self) -> bool:
@@ -283,16 +305,24 @@ def cannot_hold(target: str, violations: Sequence[str]) -> InputError:
 
     Args:
         target: name of the target.
-        violations: one line per layer that does not fit; the first 20 are shown.
+        violations: one line per layer that does not fit, as ``layer: reason``; layers of one reason share a line.
 
     >>> print(cannot_hold("llama.cpp", ["a: int3-g64 …", "b: int3-g64 …"]))
     error[E301] llama.cpp cannot hold this plan, for 2 reasons
-      because  a: int3-g64 …
-               b: int3-g64 …
+      because  a, b: int3-g64 …
       try      --substitute solves again with what it holds; a study with target = … searches with that alone
     """
-    count, more = len(violations), len(violations) - _SHOWN
-    lines = [*violations[:_SHOWN], *([f"and {more} more"] if more > 0 else [])]
+    layers: dict[str, list[str]] = {}
+    for line in violations:
+        name, _, reason = line.partition(": ")
+        layers.setdefault(reason, []).append(name)
+    lines = []
+    for reason, names in layers.items():
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        lines.append(f"{', '.join(names[:_NAMED])}{more}: {reason}")
+    count, hidden = len(violations), len(lines) - _SHOWN
+    if hidden > 0:
+        lines = [*lines[:_SHOWN], f"and {hidden} more reasons; mpsearch plan check --to lists all"]
     return InputError(
         "E301",
         f"{target} cannot hold this plan, for {count} reason{'s' if count > 1 else ''}",
@@ -336,17 +366,20 @@ def _body(name: str, text: str) -> Mapping[str, Any]:
 
 
 def _made(name: str, body: Mapping[str, Any], known: Mapping[str, Sequence[Capabilities]]) -> Capabilities:
-    rules = tuple(
-        Held(**{"apart" if key == "except" else key: _value(value) for key, value in rule.items()})
-        for rule in body.get("holds", ())
-    )
     rest = {key: _value(value) for key, value in body.items() if key not in ("schema", "schema_version", "holds")}
     rest["fused"] = tuple(frozenset(names) for names in body.get("fused", ()))
     try:
+        rules = tuple(
+            Held(**{"apart" if key == "except" else key: _value(value) for key, value in rule.items()})
+            for rule in body.get("holds", ())
+        )
+        if any(not isinstance(x, tuple) for rule in rules for x in (rule.weights, rule.kinds, rule.inputs, rule.apart)):
+            raise TypeError("weights, kinds, inputs and except are lists")
+        Version(body["tested"])
         rest["based_on"] = tuple(known[other][-1] for other in body.get("based_on", ()))
         SpecifierSet(body["versions"])
         return Capabilities(holds=rules, **rest)
-    except (KeyError, TypeError, InvalidSpecifier) as error:
+    except (KeyError, TypeError, AttributeError, InvalidSpecifier, InvalidVersion) as error:
         raise InputError("E102", f"capabilities '{name}': {type(error).__name__}: {error}") from error
 
 

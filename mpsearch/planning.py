@@ -70,6 +70,8 @@ class Planner(Menu):
 
     def holds_all(self, budgets: Sequence[Budget]) -> Notice | None:
         """Say so when the budget of weights holds the whole model at 16 bits, so that nothing is to be searched."""
+        if self.able and self.able.violations(self.at_16_bits()):
+            return None
         weights = self.costs[0]
         needed = max(weights.reference, self.at_16_bits().stored_bytes)
         if self.spec.rules:

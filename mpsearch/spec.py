@@ -39,7 +39,7 @@ class StudySpec:
         validation: text that plans are measured on; when empty, the last quarter of the calibration text, which is
             then not used for scores.
         text_key: field of a ``.jsonl`` line that holds the text.
-        formats: the menu of weights.
+        formats: the menu of weights; with a target, what it holds of the usual ones.
         activations: what inputs of layers may be rounded to, each with every format of weights; ``16`` leaves them as
             they are. None: left as they are, but for formats that are pairs ``W@A`` already.
         kv: the menu of the KV caches, keys and values of each attention layer apart; none: left as they are.
@@ -193,6 +193,8 @@ class StudySpec:
                 settings = dict(found[name])
                 found[name] = settings.pop("name", "")
                 found[f"{name}_settings"] = settings
+        if found.get("target") and isinstance(found["target"], str):
+            found.setdefault("formats", capabilities(found["target"]).menu)
         for name in _LISTS:
             if name in found:
                 found[name] = _texts(name, found[name])
@@ -242,14 +244,14 @@ class StudySpec:
             self.validation_tokens,
             self.length,
             self.batch_size,
-            self._ties,
+            self.ties_used,
             self.trust_remote_code,
             self.counts_caches,
         )
 
     @property
-    def _ties(self) -> str | tuple[tuple[str, ...], ...]:
-        """Ties as the target needs them, unless they are given as lists: it alone knows what it loads as one matrix."""
+    def ties_used(self) -> str | tuple[tuple[str, ...], ...]:
+        """What ties are found by: as the target needs them, unless they are lists; it knows what it loads as one."""
         if not self.target or not isinstance(self.ties, str):
             return self.ties
         return "auto" if capabilities(self.target).fuses else "none"

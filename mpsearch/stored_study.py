@@ -182,9 +182,17 @@ class StoredStudy:
             InfeasibleError: as `answer`.
         """
         wanted = parse_budgets(budgets) if budgets else self.budgets
-        planner = self._planner(wanted)
-        planner = replace(planner, spec=replace(planner.spec, target=target))
-        return planner.answer(self.scores, wanted).plan
+        planner, scores = self._planner(wanted), self.scores
+        stored = planner.layers[0].dtype
+        left = {"float16": "fp16", "float32": "fp32"}.get(stored, "bf16")
+        formats = planner.spec.formats
+        if left not in formats:
+            # A layer that stays in its own type loses nothing; whether it may is for the target to say.
+            formats = (*formats, left)
+            rows = planner.layers.decisions
+            scores = scores.with_harmless(left, [all(x.dtype == stored for x in row.layers) for row in rows])
+        spec = replace(planner.spec, formats=formats, target=target)
+        return replace(planner, spec=spec).answer(scores, wanted).plan
 
     def doubts(self, *budgets: str, by: float = 1.645) -> tuple[Doubt, ...]:
         """List the decisions whose format the errors of the scores leave open (see `mpsearch.doubts`).

@@ -228,7 +228,11 @@ class Study(StoredStudy):
         """Score, solve, measure; say whether every plan could be measured."""
         planner, survey = session.planner, session.survey
         self.notices += [*survey.notices, *layer_notices(survey.layers)]
-        self.notices += [Notice("W131", f"{fmt} fits no layer: {planner.why_not(fmt)}") for fmt in planner.misfits]
+        reasons = [(fmt, planner.why_not(fmt).partition("; allowed")[0]) for fmt in planner.misfits]
+        self.notices += [Notice("W131", f"{fmt} fits no layer: {reason}") for fmt, reason in reasons]
+        if planner.able and not planner.able.container:
+            text = f"what {planner.able.title} stores is not known to the byte: budgets of weights count our own file's"
+            self.notices.append(Notice("N416", text))
         for position, table in enumerate(planner.costs):
             self.store.put("cost", table.key, table.to_json())
             self.store.link(self.name, "cost", table.key, table.resource, position)
@@ -260,7 +264,9 @@ class Study(StoredStudy):
         """Return what is in the model and the text, and its key."""
         spec = self.spec.to_json()
         cut = {name: spec[name] for name in ("tokens", "validation_tokens", "length", "batch_size", "ties")}
+        ties = self.spec.ties_used
         cut |= {"find": FIND_VERSION, "caches": self.spec.counts_caches}
+        cut["ties"] = ties if isinstance(ties, str) else [list(group) for group in ties]
         key = content_key([self.identity, cut, fingerprint()])
         known = self.store.get("survey", key)
         if known is None:

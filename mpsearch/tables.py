@@ -110,6 +110,19 @@ class SensitivityTable:
                 if (status == "ok") != math.isfinite(x):
                     raise ValueError(f"layer '{name}': a cell with value {x} has status '{status}'")
 
+    def with_harmless(self, fmt: str, rows: Sequence[bool]) -> SensitivityTable:
+        """Return the table with a further format, which loses nothing in some rows and is not offered in the others.
+
+        >>> table = SensitivityTable(("a", "b"), ("int4",), np.ones((2, 1)), np.zeros((2, 1)), "nats/token")
+        >>> table.with_harmless("bf16", [True, False]).value.tolist()
+        [[1.0, 0.0], [1.0, nan]]
+        """
+        column = np.where(np.array(rows), 0.0, np.nan)[:, None]
+        return replace(
+            self, formats=(*self.formats, fmt), value=np.hstack([self.value, column]),
+            spread=np.hstack([self.spread, column]), status=(),
+        )  # fmt: skip
+
     @property
     def key(self) -> str:
         """Content key of the table."""

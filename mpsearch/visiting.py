@@ -63,7 +63,7 @@ def _fitted(study: Study, plan: BitPlan, layers: Layers) -> BitPlan:
         )
     names = {layer.name for layer in layers}
     missing = sorted(names - set(plan.formats)) or sorted(
-        name for name, fmt in plan.formats.items() if name not in names and not str(fmt).startswith("kv-")
+        name for name, fmt in plan.formats.items() if name not in names and str(fmt) not in ("kv-bf16", "kv-fp16")
     )
     if missing:
         raise InputError(

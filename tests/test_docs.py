@@ -66,7 +66,10 @@ def test_the_shell_lines_of_the_readme_are_commands_with_these_options() -> None
     lines = re.findall(r"^mpsearch (\w+)(.*)$", shell, re.MULTILINE)
     assert len(lines) >= 6
     for name, rest in lines:
-        options = {option for parameter in commands[name].params for option in parameter.opts}
+        command = commands[name]
+        if hasattr(command, "commands"):
+            command = command.commands[rest.split()[0]]
+        options = {option for parameter in command.params for option in parameter.opts}
         for option in re.findall(r"(--[a-z-]+)", rest):
             assert option in options, (name, option)
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mpsearch.capabilities import capabilities
+from mpsearch.capabilities import targets as able_targets
 from mpsearch.cli.options import DEFAULT_STORAGE, Budgets, Storage, open_study
 from mpsearch.errors import InputError, UsageError
 
@@ -50,8 +52,14 @@ def export(
 
     from mpsearch import registry
     from mpsearch.cli.own_tables import read_settings
+    from mpsearch.exports.verify import check_model
     from mpsearch.plan import BitPlan
 
+    if python and not verify:
+        raise UsageError("E115", "--python says who reads the export back", advice="add --verify")
+    if to not in registry.names("exporters") and to in able_targets():
+        writers = [other.target for other in capabilities(to).based_on]
+        raise InputError("E107", f"{to} loads what another exporter writes", advice=f"--to {' or '.join(writers)}")
     chosen: dict[str, Any] = {"force": force, "version": target_version, "assume": assume}
     known = registry.settings("exporters", to)
     given = {key: value for key, value in chosen.items() if value and (key in known or key != "force")}
@@ -74,6 +82,8 @@ def export(
         finally:
             study.store.close()
     folder = _folder(source) if source else ""
+    if folder:
+        check_model(plan, folder)
     reads = getattr(exporter, "reads", "")
     calibrated = any(fmt.calibrated for fmt in plan.formats.values())
     loaded = None
@@ -96,7 +106,10 @@ def export(
 
 def _substituted(study: Study, plan: BitPlan, to: str, budgets: Sequence[str]) -> BitPlan:
     """The plan of the same budgets with only what the target holds; prints what that changes and what it costs."""
-    found = study.plan_for(to, *budgets)
+    target = study.spec.target
+    # A study for an engine stays one for that engine.
+    for_engine = target and to in [other.target for other in capabilities(target).based_on]
+    found = study.plan_for(target if for_engine else to, *budgets)
     differs = plan.compare(found)
     for layer, before, after in differs:
         sys.stderr.write(f"instead: {layer}: {after}, not {before}\n")
@@ -104,7 +117,7 @@ def _substituted(study: Study, plan: BitPlan, to: str, budgets: Sequence[str]) -
         cost = f"{found.loss - plan.loss:+.4g} {plan.predicted.unit} of predicted loss"
         sys.stderr.write(
             f"{len(differs)} layers differ; {to} costs {cost} ({plan.loss:.4g} to {found.loss:.4g}); "
-            f"{plan.stored_bytes:,} to {found.stored_bytes:,} bytes\n"
+            f"{found.stored_bytes:,} bytes as stored there\n"
         )
     return found
 
@@ -141,26 +154,30 @@ def _load(name: str, plan: BitPlan, folder: str, setup: Setup | None, calibrated
 
 
 def _verify(to: str, exporter: Any, plan: BitPlan, out: Path, model: Any, folder: str, python: str) -> None:
-    from mpsearch.exports.verify import VERIFIED, verify
+    from mpsearch.exports.folder import VERIFIED
+    from mpsearch.exports.verify import verify
+    from mpsearch.files import write_file
 
     bound = exporter.bound(plan) if hasattr(exporter, "bound") else None
     found = verify(to, plan, out, model, folder, python, bound)
-    (out / VERIFIED).write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
+    write_file(out / VERIFIED, json.dumps(found.to_json(), indent=1) + "\n")
     for difference in found.differences[:20]:
         sys.stderr.write(f"not as planned: {difference}\n")
     for note in found.notes:
         sys.stderr.write(f"note: {note}\n")
     if found.kl is not None:
         theirs, ours = found.kl
+        limit = f" (at most {bound:.2g} passes)" if bound is not None else "; they need not be ours"
         sys.stdout.write(
-            f"loss    {theirs:.6g} nats/token from the original there, {ours:.6g} in our simulation; logits differ by "
-            f"{found.largest:.2g} of the largest\n"
+            f"loss    {theirs:.6g} nats/token from the original there, {ours:.6g} in our simulation, on 64 random "
+            f"tokens; logits differ by {found.largest:.2g} of the largest{limit}\n"
         )
     if not found.passed:
         raise InputError(
-            "E306",
+            "E308",
             f"{found.library} {found.version} reads {len(found.differences)} things that are not as planned",
             because=str(found.differences[0]),
             advice="do not ship it; export again, and report it if that does not help",
         )
-    sys.stdout.write(f"verified by {found.library} {found.version}: {found.tensors} tensors as planned\n")
+    ran = "verified by" if found.ran else "read back, not run, by"
+    sys.stdout.write(f"{ran} {found.library} {found.version}: {found.tensors} tensors as planned\n")

@@ -101,7 +101,8 @@ def _measure_losses(name: str, files: Sequence[Path], storage: str, quiet: bool,
     from mpsearch.cli.show import console, front_table, safe
     from mpsearch.plan import BitPlan
 
-    plans = {file.stem: BitPlan.load(file) for file in files}
+    stems = [file.stem for file in files]
+    plans = {str(file) if stems.count(file.stem) > 1 else file.stem: BitPlan.load(file) for file in files}
     study = open_study(name, storage)
     study.report = progress = Progress(quiet)
     try:

@@ -68,7 +68,11 @@ def _one(able: Capabilities, as_json: bool) -> None:
         return
     out = console()
     out.print(f"{able.title} {able.versions}, checked with {able.tested}", highlight=False, markup=False)
-    out.print(f"left as they are: {', '.join(able.plain)}\n", highlight=False, markup=False)
+    own = "our own file's" if not able.container else f"those of {able.container}"
+    out.print(f"budgets of weights count bytes: {own}", highlight=False, markup=False)
+    cast = f", or cast to {', '.join(able.plain)}" if able.plain else ""
+    kinds = f" (only {', '.join(able.leaves)} layers)" if able.leaves else ""
+    out.print(f"layers can be left in their own number type{kinds}{cast}\n", highlight=False, markup=False)
     rows = [
         (", ".join(rule.kinds), "\n".join(rule.weights), "\n".join(rule.inputs), rule.limits) for rule in able.holds
     ]

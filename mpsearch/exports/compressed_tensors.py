@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from mpsearch.capabilities import cannot_hold
+from mpsearch.capabilities import cannot_hold, capabilities
 from mpsearch.errors import InputError
 from mpsearch.exports import ct_config
 from mpsearch.exports.ct_tensors import Spec, specs, tensors
@@ -52,6 +52,8 @@ class CompressedTensors:
     Attributes:
         source: folder of the model, read tensor by tensor, for when no model is given to `write`.
         force: replace an earlier export in the same folder.
+        version: version of the target; the tested one when empty.
+        assume: version whose facts count for a version that no table speaks of.
 
     >>> from mpsearch.layer import Layers
     >>> layers = Layers((Layer("fc", "linear", (8, 64)),))
@@ -63,9 +65,12 @@ class CompressedTensors:
 
     source: str = ""
     force: bool = False
+    version: str = ""
+    assume: str = ""
 
     def refuses(self, plan: BitPlan) -> Sequence[str]:
         """Name every layer that a checkpoint cannot hold as planned, and layers that engines cannot fuse."""
+        capabilities("compressed-tensors", self.version, self.assume)
         found = list(ct_config.violations(plan))
         if found:
             return found

@@ -16,6 +16,10 @@ from mpsearch.files import write_file
 from mpsearch.layer import Layer
 from mpsearch.plan import BitPlan
 
+#: Endings of formats whose scales or codes are found by another rule than the plain one.
+RULES = ("-mse", "-gptq")
+_SHOWN = 3
+
 
 @dataclass(frozen=True)
 class ConfigExporter(ABC):
@@ -48,8 +52,16 @@ class ConfigExporter(ABC):
         return self.able.violations(plan)
 
     def notes(self, plan: BitPlan) -> Sequence[str]:
-        """Say what of the target a user should know: what it does unless told otherwise."""
-        return self.able.defaults
+        """Say what the target does unless told otherwise, and which layers it rounds by another rule than measured."""
+        found = [name for name, fmt in plan.formats.items() if str(fmt.weight).endswith(RULES)]
+        if not found or self.able.rounds == "ours":
+            return self.able.defaults
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        said = (
+            f"{', '.join(found[:_SHOWN])}{more}: measured with {' or '.join(RULES)}; {self.able.title} finds scales "
+            "and codes by its own rule, so its loss may be higher than the plan's"
+        )
+        return (*self.able.defaults, said)
 
     @abstractmethod
     def texts(self, plan: BitPlan) -> Mapping[str, str]:

@@ -15,6 +15,8 @@ from mpsearch.errors import InputError
 from mpsearch.files import inside, write_file
 
 MANIFEST = "mpsearch-export.json"
+#: What a proof found, beside the export that it is of.
+VERIFIED = "mpsearch-verified.json"
 
 
 def write_folder(
@@ -42,6 +44,8 @@ def write_folder(
     stale = {inside(folder, name): digest for name, digest in ours.items() if name not in writers}
     manifest = inside(folder, MANIFEST)
     write_file(manifest, _manifest(exporter, dict.fromkeys([*writers, *ours])))
+    # A proof is of the files that it saw.
+    inside(folder, VERIFIED).unlink(missing_ok=True)
     for name, write in writers.items():
         write(targets[name])
     for path, digest in stale.items():
@@ -77,7 +81,7 @@ def _claim(folder: Path, names: Sequence[str], force: bool) -> dict[str, str | N
         return {}
     if not folder.is_dir():
         raise InputError("E303", f"'{folder}' is a file, not a folder; nothing was written or deleted")
-    found = sorted(path.name for path in folder.iterdir())
+    found = sorted(path.name for path in folder.iterdir() if path.name != VERIFIED or not (folder / MANIFEST).exists())
     if not found:
         return {}
     if not force:

@@ -65,6 +65,8 @@ class GgufFile:
         tokenizer: ``none`` writes no tokenizer: such a file takes token numbers alone.
         source: folder of the model, read tensor by tensor, for when no model is given to `write`.
         force: replace an earlier export in the same folder.
+        version: version of the target; the tested one when empty.
+        assume: version whose facts count for a version that no table speaks of.
 
     >>> from mpsearch.format import Format
     >>> from mpsearch.layer import Layers
@@ -81,9 +83,12 @@ class GgufFile:
     tokenizer: str = ""
     source: str = ""
     force: bool = False
+    version: str = ""
+    assume: str = ""
 
     def refuses(self, plan: BitPlan) -> Sequence[str]:
         """Name every layer that GGUF cannot hold as planned: its name, what is wanted, what is allowed."""
+        capabilities("gguf", self.version, self.assume)
         placed = entries(plan, self.architecture)
         found = [entry.problem for entry in placed if entry.problem]
         architecture = self._architecture(plan)
@@ -106,7 +111,7 @@ class GgufFile:
 
     def bound(self, plan: BitPlan) -> float:
         """How far logits may be from our simulation's: llama.cpp rounds the inputs of its products to 8 bits."""
-        return 0.1
+        return 0.06
 
     def write(self, plan: BitPlan, folder: Path, model: Any = None) -> Sequence[Path]:
         """Write the file and the command that runs it.

@@ -120,7 +120,7 @@ class GptqModel(ScriptExporter):
         more = [f"vLLM and SGLang read the base format for these, not the plan's: {', '.join(split[:3])}"][: len(split)]
         if _calibrated(plan):
             more.append("formats that end in -gptq: run.py asks for calibration data, --text FILE or --tokens FILE")
-        return [*self.able.defaults, *more]
+        return [*super().notes(plan), *more]
 
     def data(self, plan: BitPlan) -> Mapping[str, str]:
         """Return the configuration and what the script must know."""

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mpsearch.capabilities import cannot_hold
+from mpsearch.capabilities import cannot_hold, capabilities
 from mpsearch.errors import InputError
 from mpsearch.exports.folder import write_folder
 from mpsearch.exports.gguf_place import entries
@@ -68,6 +68,8 @@ class LlamaCpp:
         architecture: Hugging Face class of the model, such as ``LlamaForCausalLM``, for a plan that does not
             name it.
         force: replace an earlier export in the same folder.
+        version: version of the target; the tested one when empty.
+        assume: version whose facts count for a version that no table speaks of.
 
     >>> from mpsearch.format import Format
     >>> from mpsearch.layer import Layer, Layers
@@ -80,9 +82,12 @@ class LlamaCpp:
 
     architecture: str = ""
     force: bool = False
+    version: str = ""
+    assume: str = ""
 
     def refuses(self, plan: BitPlan) -> Sequence[str]:
         """Name every layer that GGUF cannot hold as planned: its name, what is wanted, what is allowed."""
+        capabilities("llama.cpp", self.version, self.assume)
         return [entry.problem for entry in entries(plan, self.architecture) if entry.problem]
 
     def write(self, plan: BitPlan, folder: Path, model: Any = None) -> Sequence[Path]:

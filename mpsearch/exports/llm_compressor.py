@@ -112,9 +112,9 @@ class LlmCompressor(ScriptExporter):
     def notes(self, plan: BitPlan) -> Sequence[str]:
         """Say what bites, and what the script asks for."""
         if not _calibrated(plan):
-            return self.able.defaults
+            return super().notes(plan)
         asks = "formats that end in -gptq: run.py asks for calibration data, --text FILE or --tokens FILE"
-        return [*self.able.defaults, asks]
+        return [*super().notes(plan), asks]
 
     def data(self, plan: BitPlan) -> Mapping[str, str]:
         """Return the recipe, which is JSON and so YAML, and what the script must know."""

@@ -15,7 +15,6 @@ from mpsearch.exports import onnx_script
 from mpsearch.exports.folder import write_folder
 from mpsearch.exports.original import Original
 from mpsearch.files import write_file
-from mpsearch.hardware import containers
 from mpsearch.model.model import Model, load_model
 from mpsearch.plan import BitPlan
 
@@ -79,17 +78,7 @@ class OnnxRuntimeExport:
 
     def refuses(self, plan: BitPlan) -> Sequence[str]:
         """Name every layer that ONNX Runtime has no kernel for: its name, what is wanted, what is allowed."""
-        able, found = self.able, []
-        for layer in plan.layers:
-            fmt = plan.formats[layer.name]
-            # A table that names inputs also offers such weights without them, for which there is no kernel.
-            if fmt.activation is None:
-                reason = able.refuses(layer, fmt)
-            elif reason := containers.refuses(fmt, layer, "onnxruntime"):
-                reason += f"; allowed {', '.join(able.plain)}"
-            if reason:
-                found.append(f"{layer.name}: {reason}")
-        return found
+        return self.able.violations(plan)
 
     def notes(self, plan: BitPlan) -> Sequence[str]:
         """Say what of ONNX Runtime a user should know, and how this file multiplies."""

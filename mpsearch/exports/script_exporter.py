@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mpsearch.exports.config_export import ConfigExporter
+from mpsearch.exports.config_export import RULES, ConfigExporter
 from mpsearch.format import Format
 from mpsearch.plan import BitPlan
 
 #: Name of the script.
 RUN = "run.py"
-#: Endings of formats whose scales or codes are found by another rule than the plain one.
-_RULES = ("-mse", "-gptq")
-_SHOWN = 3
 
 _HEAD = '''\
 """Quantise a model with {title} {version}, as the plan beside this file says.
@@ -69,18 +66,6 @@ class ScriptExporter(ConfigExporter):
         head = _HEAD.format(title=self.able.title, version=self.able.tested, model=ascii(self.source), more=more)
         return {**self.data(plan), RUN: f'{head}{self.script}\n\nif __name__ == "__main__":\n    main()\n'}
 
-    def notes(self, plan: BitPlan) -> Sequence[str]:
-        """Say what the target does unless told otherwise, and which layers it rounds by another rule than measured."""
-        found = [name for name, fmt in plan.formats.items() if str(fmt.weight).endswith(_RULES)]
-        if not found:
-            return self.able.defaults
-        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        said = (
-            f"{', '.join(found[:_SHOWN])}{more}: measured with {' or '.join(_RULES)}; {self.able.title} finds scales "
-            "and codes by its own rule, so its loss may be higher than the plan's"
-        )
-        return (*self.able.defaults, said)
-
 
 def without_rule(fmt: Format) -> str:
     """Name of a format without the rule that finds its scales or codes.
@@ -89,7 +74,7 @@ def without_rule(fmt: Format) -> str:
     'int8-channel@int8-token'
     """
     weight = str(fmt.weight)
-    for ending in _RULES:
+    for ending in RULES:
         weight = weight.removesuffix(ending)
     return f"{weight}@{fmt.activation}" if fmt.activation else weight
 

@@ -9,17 +9,21 @@ loads (or makes, where the export is a configuration) the quantised model, and w
 
     {"library": "compressed-tensors", "version": "0.20.0",
      "tensors": {"model.layers.0.mlp.up_proj.weight": {"bits": 4, "group": 64, "levels": 15, "bytes": 1234}},
-     "logits": "logits.npy", "bytes": 123456, "notes": []}
+     "logits": "logits.npy", "bytes": 123456, "everything": true, "notes": []}
 
 ``bits`` are those of the packed codes, 16 or 32 for a tensor that was left alone; ``group`` is what shares a scale: 0
 for a whole output channel, -1 for the tensor; ``levels`` are the distinct codes; ``symmetric``: no zero points. A fact
-that the target does not have is left out. ``logits`` is (sequences, positions, vocabulary), fp32, of the tokens.
+that the target does not have is left out. ``distance`` is the norm of what rounding changed over that of the original
+weight, from the decoded numbers: rows in another order or a wrong scale are far off. ``everything``: each tensor of the
+export is listed, so that none may be missing and ``bytes`` are those of the export. ``logits`` is (sequences,
+positions, vocabulary), fp32, of the tokens.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpsearch.capabilities import capabilities, targets
 from mpsearch.errors import InputError, ResourceError
 from mpsearch.format import Format
 from mpsearch.layer import Layer
@@ -39,11 +44,13 @@ from mpsearch.plan import BitPlan
 if TYPE_CHECKING:
     from mpsearch.model.model import Model
 
-#: File beside an export that says what a proof found.
-VERIFIED = "mpsearch-verified.json"
 #: Exit code of a proof whose library is not installed.
 MISSING = 77
 _SEQUENCES, _LENGTH = 2, 32
+#: A target that rounds by rules of its own may lose so many times what our rounding loses, and so much more.
+_COARSE, _SLACK = 4.0, 0.02
+#: How far the distance of a weight from the original may be from that of our rounding, as a share of it.
+_NEAR = 0.05
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,7 @@ class Verification:
 
     Attributes:
         target: name of the exporter.
+        plan: key of the plan.
         library: the target's own library.
         version: its version.
         differences: what is not as planned; empty for a passed check.
@@ -84,6 +92,7 @@ class Verification:
     """
 
     target: str
+    plan: str
     library: str
     version: str
     differences: tuple[Difference, ...] = ()
@@ -98,8 +107,13 @@ class Verification:
         """Whether every tensor is as planned."""
         return not self.differences
 
+    @property
+    def ran(self) -> bool:
+        """Whether the loaded model ran and gave logits; else stored tensors were read alone."""
+        return self.kl is not None
+
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "passed": self.passed}
+        return {**asdict(self), "passed": self.passed, "ran": self.ran}
 
 
 def proofs() -> tuple[str, ...]:
@@ -137,22 +151,76 @@ def verify(
     from mpsearch.exports.simulated import simulated_logits
 
     original = model if isinstance(model, str) else source
+    check_model(plan, original)
     with tempfile.TemporaryDirectory() as scratch:
         tokens = _tokens(original)
         report = _run(target, folder, original, tokens, Path(scratch), python or sys.executable)
-        found = _differences(plan, report["tensors"])
+        found = _differences(plan, report["tensors"], bool(report.get("everything")))
+        found += _moved(plan, model, report["tensors"])
         kl = largest = None
         if report.get("logits"):
             theirs = np.load(Path(scratch) / report["logits"], allow_pickle=False).astype(np.float64)
             before, ours = simulated_logits(plan, model, tokens)
             kl = (_divergence(before, theirs), _divergence(before, ours))
             largest = float(np.abs(theirs - ours).max() / np.abs(ours).max())
-            if bound is not None and not largest <= bound:
-                found.append(Difference("logits", "differ by", f"at most {bound:.2g}", f"{largest:.2g} of the largest"))
+            found += _far(target, kl, largest, bound)
+        if report.get("everything") and (size := _stored(target, plan)) not in (None, int(report["bytes"])):
+            found.append(Difference("all tensors", "bytes", f"{size:,}", f"{report['bytes']:,}"))
         return Verification(
-            target, str(report["library"]), str(report["version"]), tuple(found), len(report["tensors"]),
+            target, plan.key, str(report["library"]), str(report["version"]), tuple(found), len(report["tensors"]),
             int(report.get("bytes", 0)), kl, largest, tuple(map(str, report.get("notes", ()))),
         )  # fmt: skip
+
+
+def check_model(plan: BitPlan, folder: str) -> None:
+    """Refuse a plan that is not for the model in a folder (E302)."""
+    from mpsearch.model.checkpoint import find_folder, folder_digest
+
+    digest = plan.model.get("digest", "")
+    if digest and digest != folder_digest(find_folder(folder)):
+        raise InputError(
+            "E302", f"the plan is for another model than '{folder}'", advice="give the model's folder: --model"
+        )
+
+
+def _far(target: str, kl: tuple[float, float], largest: float, bound: float | None) -> list[Difference]:
+    """What logits say: as ours where the arithmetic is ours, else no loss that other rounding cannot explain."""
+    theirs, ours = kl
+    if not np.isfinite(theirs):
+        return [Difference("logits", "not finite", "finite numbers", "NaN or infinity")]
+    if bound is not None and not largest <= bound:
+        return [Difference("logits", "differ by", f"at most {bound:.2g}", f"{largest:.2g} of the largest")]
+    if bound is None and theirs > _COARSE * ours + _SLACK:
+        return [Difference("logits", "lose", f"about {ours:.3g} nats/token", f"{theirs:.3g}")]
+    return []
+
+
+def _moved(plan: BitPlan, model: Model | str, tensors: Mapping[str, Mapping[str, Any]]) -> list[Difference]:
+    """Weights that are further from the original, or nearer, than their rounding is."""
+    told = {name: float(fact["distance"]) for name, fact in tensors.items() if "distance" in fact}
+    if not told:
+        return []
+    from mpsearch.exports.simulated import distances
+
+    found = []
+    for name, ours in distances(plan, model).items():
+        theirs = told.get(name, ours)
+        if not abs(theirs - ours) <= _NEAR * ours + 2.0**-8:
+            found.append(Difference(name, "moved by", f"{ours:.3g} of itself", f"{theirs:.3g}"))
+    return found
+
+
+def _stored(target: str, plan: BitPlan) -> int | None:
+    """Bytes that the plan takes in the target's container; None where there is no rule for them."""
+    from mpsearch.hardware.containers import kept_bytes, stored_bytes
+
+    container = capabilities(target).container if target in targets() else ""
+    if not container:
+        return None
+    layers = [layer for layer in plan.layers if layer.kind != "kv_cache"]
+    return sum(sum(stored_bytes(plan.formats[x.name], x, container).values()) for x in layers) + sum(
+        kept_bytes(kept, container) for kept in plan.layers.excluded
+    )
 
 
 def expected(layer: Layer, fmt: Format) -> dict[str, Any]:
@@ -169,10 +237,16 @@ def expected(layer: Layer, fmt: Format) -> dict[str, Any]:
         found["group"] = {"channel": 0, "tensor": -1, "group": weight.group}[weight.granularity]
         found["symmetric"] = not weight.asymmetric
         found["levels"] = 2**weight.bits
+    elif weight.family == "gguf":
+        found["type"] = weight.type_name
+    elif weight.family in ("mx", "nvfp4"):
+        found["group"] = 32 if weight.family == "mx" else 16
+    elif weight.family == "fp" and weight.granularity != "block":
+        found["group"] = {"channel": 0, "tensor": -1, "group": weight.group}[weight.granularity]
     return found
 
 
-def _differences(plan: BitPlan, tensors: Mapping[str, Mapping[str, Any]]) -> list[Difference]:
+def _differences(plan: BitPlan, tensors: Mapping[str, Mapping[str, Any]], everything: bool) -> list[Difference]:
     found = []
     for layer in plan.layers:
         if layer.kind == "kv_cache":
@@ -185,13 +259,18 @@ def _differences(plan: BitPlan, tensors: Mapping[str, Mapping[str, Any]]) -> lis
             if what == "levels" and "levels" in got:
                 if got["levels"] > value:
                     found.append(Difference(layer.tensor, what, f"at most {value}", str(got["levels"])))
+            elif what == "type":
+                if str(got.get(what, value)).lower() != value.lower():
+                    found.append(Difference(layer.tensor, what, value, str(got[what])))
             elif what in got and got[what] != value and not _same_group(what, value, got[what], layer):
                 found.append(Difference(layer.tensor, what, str(value), str(got[what])))
         if "bits" not in got:
             found.append(Difference(layer.tensor, "bits", str(wanted["bits"]), "not read back"))
     for kept in plan.layers.excluded:
         stored = tensors.get(kept.name, {}).get("dtype")
-        if stored is not None and stored != kept.dtype:
+        if stored is None and everything:
+            found.append(Difference(kept.name, "missing", kept.dtype, "not read back"))
+        elif stored is not None and stored != kept.dtype:
             found.append(Difference(kept.name, "dtype", kept.dtype, str(stored)))
     return found
 
@@ -209,10 +288,9 @@ def _run(target: str, folder: Path, model: str, tokens: list[list[int]], scratch
     script = scratch / f"proof_{_module(target)}.py"
     script.write_bytes(here.joinpath(f"{_module(target)}.py").read_bytes())
     (scratch / "_common.py").write_bytes(here.joinpath("_common.py").read_bytes())
-    if not Path(python).exists():
-        raise InputError("E101", f"--python: there is no '{python}'", advice="give the path of an interpreter")
+    interpreter = _interpreter(python)
     done = subprocess.run(
-        [python, str(script), "--export", str(folder.resolve()), "--model", str(Path(model).resolve()),
+        [interpreter, str(script), "--export", str(folder.resolve()), "--model", str(Path(model).resolve()),
          "--tokens", str(scratch / "tokens.json"), "--out", str(report)],
         capture_output=True, text=True, encoding="utf-8", errors="replace", check=False, cwd=scratch,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
@@ -220,13 +298,33 @@ def _run(target: str, folder: Path, model: str, tokens: list[list[int]], scratch
     said = [line for line in done.stderr.strip().splitlines() if line.strip()]
     last = said[-1][:500] if said else ""
     if done.returncode == MISSING:
-        raise ResourceError(
-            "E702", f"written, not verified: {last}", advice="or name an interpreter that has it: --python PATH"
-        )
+        advice = "or name an interpreter that has it: --python PATH" if last.startswith("install ") else ""
+        raise ResourceError("E702", f"written, not verified: {last}", advice=advice)
     if done.returncode or not report.is_file():
         raise InputError("E306", f"{target} does not take the export: {last or f'exit code {done.returncode}'}")
     found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
     return found
+
+
+def _interpreter(python: str) -> str:
+    """Return the path of an interpreter, as it was named: what a link in a virtual environment points at is another.
+
+    Raises:
+        InputError: it is none (E101).
+    """
+    path = shutil.which(python)
+    said = ""
+    if path is not None:
+        try:
+            done = subprocess.run([path, "-c", "print(6 * 7)"], capture_output=True, text=True, timeout=60, check=False)
+            said = done.stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            path = None
+    if path is None or said != "42":
+        raise InputError(
+            "E101", f"--python: '{python}' is no Python interpreter", advice="give the path of one that has the library"
+        )
+    return os.path.abspath(path)
 
 
 def _tokens(model: str) -> list[list[int]]:

@@ -6,6 +6,7 @@ With R output channels of C weights, G groups in each, b bits:
 - ``native``: our own file, `Format.itemised_bytes`.
 - ``gptq`` (AutoGPTQ, GPTQModel): ``qweight`` int32 (C b / 32, R), ``qzeros`` int32 (G, R b / 32), always stored,
   ``scales`` fp16 (G, R), ``g_idx`` int32 (C). b is 2, 3, 4 or 8; R and C are multiples of 32.
+- ``auto-round`` (AutoRound): as gptq without ``g_idx``.
 - ``awq`` (AutoAWQ's gemm layout): ``qweight`` int32 (C, R / 8), ``qzeros`` int32 (G, R / 8), ``scales`` fp16 (G, R).
   b is 4; R is a multiple of 8.
 - ``compressed-tensors`` 0.19 and later. Integers alone, pack-quantized: ``weight_packed`` int32 (R, ceil(C b / 32)),
@@ -160,6 +161,10 @@ def _gptq(fmt: Format, layer: Layer) -> Parts:
     return _each_module(once, layer)
 
 
+def _autoround(fmt: Format, layer: Layer) -> Parts:
+    return {name: size for name, size in _gptq(fmt, layer).items() if name != "g_idx"}
+
+
 def _awq_refuses(fmt: Format, layer: Layer) -> str:
     if _plain(fmt) and fmt.activation is None:
         return ""
@@ -281,6 +286,7 @@ def _each_module(parts: Parts, layer: Layer) -> Parts:
 CONTAINERS: Mapping[str, tuple[Callable[[Format, Layer], str], Callable[[Format, Layer], Parts]]] = {
     "native": (_anything, _native),
     "gptq": (_gptq_refuses, _gptq),
+    "auto-round": (_gptq_refuses, _autoround),
     "awq": (_awq_refuses, _awq),
     "compressed-tensors": (_compressed_refuses, _compressed),
     "gguf": (_gguf_refuses, _gguf),

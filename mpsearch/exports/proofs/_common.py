@@ -37,7 +37,7 @@ def needs(*packages, extra=()):
     return packages[0], importlib.metadata.version(packages[0])
 
 
-def report(out, library, version, tensors, *, logits=None, size=0, notes=()):
+def report(out, library, version, tensors, *, logits=None, size=0, notes=(), everything=False):
     """Write what was read back.
 
     Args:
@@ -48,8 +48,11 @@ def report(out, library, version, tensors, *, logits=None, size=0, notes=()):
         logits: (sequences, positions, vocabulary), numpy or torch; none when the target does not run.
         size: bytes of all tensors that were read.
         notes: what else should be known.
+        everything: whether every tensor of the export is among them, so that what is missing is missing, and their
+            bytes are those of the export.
     """
     body = {"library": library, "version": version, "tensors": tensors, "bytes": int(size), "notes": list(notes)}
+    body["everything"] = everything
     if logits is not None:
         import numpy as np
 

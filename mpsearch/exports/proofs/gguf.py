@@ -94,7 +94,7 @@ def facts(tensor):
     if name in plain:
         # Norms and biases are stored in 32 bits whatever they were.
         return {"bits": int(name[-2:]), **({} if len(tensor.shape) < 2 else {"dtype": plain[name]})}
-    return {"bits": {"MXFP4": 4, "NVFP4": 4, "TQ1_0": 2}.get(name) or int(re.search(r"\d", name)[0])}
+    return {"bits": {"MXFP4": 4, "NVFP4": 4, "TQ1_0": 2}.get(name) or int(re.search(r"\d", name)[0]), "type": name}
 
 
 def different(tensor, model, name, heads):
