@@ -45,7 +45,7 @@ def main() -> None:
         for bits in BUDGETS:
             plans = {"free": free.plan(f"weights <= {bits} bits"), "bound": bound.plan(f"weights <= {bits} bits")}
             loss = {name: found.loss for name, found in free.measure(plans).items()}
-            error = max(found.error for found in free.measure(plans).values())
+            error = max(found.spread for found in free.measure(plans).values())
             cost = loss["bound"] - loss["free"]
             differ = [name for name, fmt in plans["free"].formats.items() if plans["bound"].formats[name] != fmt]
             assert not able.violations(plans["bound"])

@@ -213,6 +213,12 @@ def test_a_study_for_a_target_makes_only_plans_that_it_holds(tmp_path: Path) -> 
     bound = mp.study("bound", **common, target="vllm", ties="none")
     bound.run()
     able = capabilities("vllm")
+    # Both found their layers in one database, each with its own ties; a third is tied by what its target needs again.
+    assert len(free.survey.layers.decisions) > len(bound.survey.layers.decisions)
+    other = {**common, "formats": ("int4-g64", "int8-g64"), "budgets": ("weights <= 8 bits",)}
+    alone = mp.study("alone", **other, target="onnxruntime", ties="auto")
+    with alone.session() as session:
+        assert len(session.planner.layers.decisions) == len(free.survey.layers.decisions)
     assert able.violations(free.plan())
     assert any(n.code == "W131" and "nf4-b64 is not held by vLLM" in n.message for n in bound.notices)
     for item in bound.plans:
@@ -304,3 +310,29 @@ def test_the_shell_tells_what_a_target_holds(target: str, capsys: pytest.Capture
     assert able.title in said
     assert able.tested in said
     assert run(["targets", target, "--json"]) == 0
+
+
+def test_a_target_brings_a_menu_of_its_own() -> None:
+    for target in targets():
+        menu = capabilities(target).menu
+        assert menu, target
+        spec = StudySpec.of_values(**{**STUDY, "budgets": ("weights <= 9 bits",), "target": target})
+        assert spec.formats == menu
+    given = StudySpec.of_values(
+        **{**STUDY, "budgets": ("weights <= 9 bits",), "target": "vllm", "formats": ("int4-g64",)}
+    )
+    assert given.formats == ("int4-g64",)
+
+
+def test_a_budget_that_holds_everything_is_no_reason_to_leave_what_a_target_must_quantise(tmp_path: Path) -> None:
+    from mpsearch.planning import Planner
+
+    layers = Layers(
+        (Layer("fc", "linear", (64, 64), dtype="float32"), Layer("up", "linear", (64, 64), dtype="float32"))
+    )
+    for target, holds in (("gptqmodel", False), ("onnxruntime", True), ("mct", False)):
+        spec = StudySpec.of_values(
+            **{**STUDY, "budgets": ("weights <= 40 bits",), "target": target, "formats": ("bf16",)}
+        )
+        found = Planner(spec, layers, {}).holds_all(Planner(spec, layers, {}).asked)
+        assert (found is not None) == holds, target

@@ -216,7 +216,18 @@ def _present(study: Study, seconds: float) -> None:
     # Half a bit more than the chosen plan has can always be kept.
     budget = f"weights <= {math.ceil(10 * chosen.plan.bits) / 10 + 0.5:.1f} bits"
     solve = f"mpsearch solve {shlex.quote(study.name)} --budget '{budget}'{storage}\n        " if study.scored else ""
+    to = _exporter_for(study.spec.target)
     sys.stdout.write(
         f"\nreport  {report}\nplan    {plan}\n"
-        f"next    {solve}mpsearch export {shlex.quote(study.name)} --to native --out exported{storage}\n"
+        f"next    {solve}mpsearch export {shlex.quote(study.name)} --to {to} --out exported{storage}\n"
     )
+
+
+def _exporter_for(target: str) -> str:
+    """Name of the exporter that writes what a target loads."""
+    from mpsearch import registry
+    from mpsearch.capabilities import capabilities
+
+    if not target or target in registry.names("exporters"):
+        return target or "native"
+    return capabilities(target).based_on[0].target

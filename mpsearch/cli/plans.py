@@ -47,6 +47,8 @@ def import_(
 
     if out.exists() and file.exists() and out.samefile(file):
         raise UsageError("E113", f"--out '{out}' is the file that is read", advice="name another file")
+    if out.exists():
+        raise InputError("E303", f"'{out}' is there already; nothing was written", advice="name another file: --out")
     options = Options(nominal, rest, rounding, frozenset(without or ()))
     found = import_plan(file, form, resolve_model(model, Path.cwd()), options)
     found.plan.save(out)
