@@ -219,14 +219,26 @@ def test_refusals_say_what_is_wanted_and_what_is_allowed(
     assert LlamaCpp().refuses(plan) == [f"{name}: {reason}"]
 
 
-def test_all_violations_are_counted_and_twenty_shown(tmp_path: Path) -> None:
+def test_all_violations_are_counted_and_those_of_one_reason_share_a_line(tmp_path: Path) -> None:
     plan = llama_plan({f"model.layers.{n}.mlp.up_proj": "int2-g32" for n in range(33)})
     with pytest.raises(InputError) as caught:
         LlamaCpp().write(plan, tmp_path / "out")
     lines = str(caught.value).splitlines()
     assert lines[0] == "error[E301] llama.cpp cannot hold this plan, for 33 reasons"
-    assert sum("int2-g32" in line for line in lines) == 20
-    assert lines[-2].strip() == "and 13 more"
+    (line,) = (line for line in lines if "int2-g32" in line)
+    assert "model.layers.0.mlp.up_proj, model.layers.1.mlp.up_proj, " in line
+    assert " and 25 more: int2-g32 is no GGUF type" in line
+
+
+def test_of_many_reasons_twenty_are_shown(tmp_path: Path) -> None:
+    formats = [f"int{bits}-g{group}" for bits in range(2, 9) for group in (32, 64, 16, 8)]
+    plan = llama_plan({f"model.layers.{n}.mlp.up_proj": text for n, text in enumerate(formats)})
+    with pytest.raises(InputError) as caught:
+        LlamaCpp().write(plan, tmp_path / "out")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "error[E301] llama.cpp cannot hold this plan, for 28 reasons"
+    assert sum("is no GGUF type" in line for line in lines) == 20
+    assert lines[-2].strip() == "and 8 more reasons; mpsearch plan check --to lists all"
 
 
 def test_two_layers_cannot_be_one_tensor() -> None:

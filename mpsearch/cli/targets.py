@@ -52,7 +52,9 @@ def _table(out: Console, title: str, columns: tuple[str, ...], rows: Sequence[tu
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*columns, title=title, title_justify="left", box=None)
+    table = Table(title=title, title_justify="left", box=None)
+    for column in columns:
+        table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     out.print(table)

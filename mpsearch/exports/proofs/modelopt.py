@@ -18,7 +18,13 @@ def facts(tensor, scale, how):
     rows, columns = tensor.shape[0], tensor.shape[1]
     if tensor.dtype == torch.uint8 and how.get("quant_algo") == "W4A16_AWQ":
         codes = torch.cat([tensor & 15, tensor >> 4])
-        return {"bits": 4, "group": columns // scale.shape[-1], "symmetric": True, "levels": levels(codes.numpy())}
+        # Two rows of codes in one row of bytes.
+        return {
+            "bits": 8 * rows // scale.shape[0],
+            "group": columns // scale.shape[-1],
+            "symmetric": True,
+            "levels": levels(codes.numpy()),
+        }
     if tensor.dtype == torch.int8:
         group = 0 if scale.numel() == rows else -1
         return {"bits": 8, "group": group, "symmetric": True, "levels": levels(tensor.numpy())}
