@@ -167,7 +167,10 @@ def test_times_are_taken_once_and_kept(hostile: None) -> None:
     first, _ = keeper.profile("hostile", {}, layers, [Format.parse("fp32")], [Step(1), Step(1, 64)])
     assert len(kept) == len(first.times) == 2  # one for each distinct shape, whatever the context
     again, _ = keeper.profile("hostile", {}, layers, [Format.parse("fp32")], [Step(1)])
-    assert again == first
+    # What else the machine did is said of a profile, not of the times that were kept.
+    assert [(x.kernel, x.seconds, x.low, x.high) for x in again.times] == [
+        (x.kernel, x.seconds, x.low, x.high) for x in first.times
+    ]
     other = Timekeeper(clock=Clock(limit=0.06), known=kept.get, keep=keeper.keep)
     other.profile("hostile", {}, layers, [Format.parse("fp32")], [Step(1)])
     assert len(kept) == 4  # timed in another way is another value
