@@ -27,7 +27,8 @@ from mpsearch import registry
 from mpsearch.bundled import bundled_model
 from mpsearch.capabilities import targets
 from mpsearch.errors import InfeasibleError, MpsearchError
-from mpsearch.exports.verify import proofs, verify
+from mpsearch.exports.proof_run import proofs
+from mpsearch.exports.verify import verify
 from mpsearch.machine import fingerprint
 from mpsearch.plan import BitPlan
 

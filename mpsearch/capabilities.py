@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
-import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +16,7 @@ from packaging.version import InvalidVersion, Version
 
 from mpsearch.errors import InputError, did_you_mean
 from mpsearch.format import Format
+from mpsearch.held import Held, layout, listed, matches
 from mpsearch.layer import Layer
 from mpsearch.plan import BitPlan
 
@@ -25,7 +24,7 @@ SCHEMA = "mpsearch/capabilities"
 SCHEMA_VERSION = 1
 #: Number types that need no rule.
 PLAIN = ("bf16", "fp16", "fp32")
-_NAME_OF = {"bfloat16": ("bf16",), "float16": ("fp16",), "float32": ("fp32",)}
+_NAME_OF = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 #: What a study for a target offers unless it is told otherwise, as far as the target holds it.
 _USUAL = (
     *(f"int{bits}-g64" for bits in range(2, 9)), "int8-channel", *(f"int{bits}-g64-asym" for bits in (2, 3, 4, 6, 8)),
@@ -37,84 +36,11 @@ _USUAL = (
 _SHOWN = 20
 #: Layers that are named for one reason.
 _NAMED = 8
-_ROUNDING = re.compile(r"-(mse|gptq|fisher)$")
 _KEYS = {
     "schema", "schema_version", "target", "title", "versions", "tested", "rounds", "container", "based_on", "fused",
     "alike", "kv", "plain", "leaves", "defaults", "source", "holds",
 }  # fmt: skip
 _RULE_KEYS = {"kinds", "weights", "inputs", "except", "columns_of", "rows_of", "parts", "transposed", "shared"}
-
-
-@dataclass(frozen=True)
-class Held:
-    """One rule of a table: these layers can be held in these formats.
-
-    Patterns of formats are names in which ``*`` stands for anything up to the next ``-`` and ``{a,b}`` for one of
-    several; those of layers are as in a shell.
-
-    Attributes:
-        weights: patterns of formats of weights, without the rule that finds their scales (``-mse``, ``-gptq``).
-        kinds: kinds of layers.
-        inputs: patterns of formats that their inputs must be rounded to; empty when inputs stay
-            as they are.
-        apart: patterns of names of layers that the rule leaves out.
-        columns_of: the weights of an output channel must be a multiple of this.
-        rows_of: the output channels must be a multiple of this.
-        parts: whether parts of layers (heads, channels) can have formats of their own.
-        transposed: whether weights whose output channels are not the first axis can be held.
-        shared: whether weights that several modules share can be held.
-    """
-
-    weights: tuple[str, ...]
-    kinds: tuple[str, ...] = ("linear",)
-    inputs: tuple[str, ...] = ()
-    apart: tuple[str, ...] = ()
-    columns_of: int = 1
-    rows_of: int = 1
-    parts: bool = False
-    transposed: bool = False
-    shared: bool = True
-
-    def formats(self, fmt: Format) -> bool:
-        """Whether the rule speaks of a format.
-
-        >>> Held(("int{4,8}-g*",)).formats(Format.parse("int4-g64-mse"))
-        True
-        """
-        if not _matches(_ROUNDING.sub("", str(fmt.weight)), self.weights):
-            return False
-        # What rounds inputs is another kernel, and says nothing of the one that does not.
-        return _matches(str(fmt.activation), self.inputs) if fmt.activation else not self.inputs
-
-    def layers(self, layer: Layer) -> bool:
-        """Whether the rule speaks of a layer."""
-        return layer.kind in self.kinds and not any(fnmatch.fnmatchcase(layer.owner, name) for name in self.apart)
-
-    @property
-    def limits(self) -> str:
-        """What of a layer's shape or name the rule asks, for people; empty for nothing.
-
-        >>> Held(("int4-g*",), columns_of=32).limits
-        'columns a multiple of 32'
-        """
-        found = [f"columns a multiple of {self.columns_of}"] if self.columns_of > 1 else []
-        found += [f"rows a multiple of {self.rows_of}"] if self.rows_of > 1 else []
-        found += [] if self.shared else ["no shared weights"]
-        return ", ".join([*found, *(f"not {name}" for name in self.apart)])
-
-    def misfit(self, layer: Layer) -> str:
-        """Say what of a layer's shape the rule cannot take; empty for nothing."""
-        if layer.is_part and not self.parts:
-            return "a whole layer has one format, and its parts none"
-        if layer.shared and not self.shared:
-            return f"it shares its weight with {', '.join(layer.shared)}"
-        if layer.out_axis and layer.kind == "linear" and not self.transposed:
-            return "weights of transposed linear layers are not held"
-        if layer.columns % self.columns_of:
-            return f"{layer.columns} weights of an output channel are no multiple of {self.columns_of}"
-        if layer.rows % self.rows_of:
-            return f"{layer.rows} output channels are no multiple of {self.rows_of}"
-        return ""
 
 
 @dataclass(frozen=True)
@@ -169,21 +95,19 @@ class Capabilities:
             return problem
         if layer.kind == "kv_cache":
             allowed = ("kv-bf16", "kv-fp16", *self.kv)
-            return (
-                "" if _matches(str(fmt), allowed) else f"{fmt} is not held by {self.title}; allowed {_shown(allowed)}"
-            )
+            return "" if matches(str(fmt), allowed) else f"{fmt} is not held by {self.title}; allowed {listed(allowed)}"
         if fmt.weight.family == "plain" and fmt.activation is None:
             # A layer that is not touched needs no rule.
             if str(fmt) in self._left(layer):
                 return ""
-            return f"{fmt} is not held by {self.title}; allowed {_shown(self._allowed(layer))}"
+            return f"{fmt} is not held by {self.title}; allowed {listed(self._allowed(layer))}"
         fitting = [rule for rule in self.holds if rule.layers(layer) and rule.formats(fmt)]
         misfits = [rule.misfit(layer) for rule in fitting]
         if fitting and not all(misfits):
             return ""
-        allowed_here = _shown(self._allowed(layer))
+        allowed_here = listed(self._allowed(layer))
         if misfits:
-            return f"{fmt} is not held by {self.title} here: {misfits[0]}; allowed {_shown(self._left(layer))}"
+            return f"{fmt} is not held by {self.title} here: {misfits[0]}; allowed {listed(self._left(layer))}"
         kind = "" if any(rule.layers(layer) for rule in self.holds) else f" for this {layer.kind} layer"
         return f"{fmt} is not held by {self.title}{kind}; allowed {allowed_here}"
 
@@ -199,7 +123,8 @@ class Capabilities:
         """Number types in which a layer can stay: its own, and those that it can be cast to."""
         if self.leaves and layer.kind not in self.leaves:
             return []
-        return list(dict.fromkeys([*_NAME_OF.get(layer.dtype, ()), *self.plain]))
+        own = own_type(layer)
+        return list(dict.fromkeys([own, *self.plain] if own else self.plain))
 
     def violations(self, plan: BitPlan) -> list[str]:
         """List every reason for which a plan cannot be held; one line each, the layer first."""
@@ -208,7 +133,7 @@ class Capabilities:
         for names in self.groups(plan.layers):
             formats = [str(plan.formats[name]) for name in names]
             # How codes were found does not change what is stored.
-            layouts = {(_ROUNDING.sub("", str(plan.formats[x].weight)), str(plan.formats[x].activation)) for x in names}
+            layouts = {(layout(plan.formats[x]), str(plan.formats[x].activation)) for x in names}
             if len(layouts) > 1 and not any(wrong[name] for name in names):
                 given = ", ".join(f"{name} {fmt}" for name, fmt in zip(names, formats, strict=True))
                 found.append(f"{names[0]}: {self.title} loads these as one, which has one format: {given}; tie them")
@@ -239,7 +164,7 @@ class Capabilities:
 
     @property
     def menu(self) -> tuple[str, ...]:
-        """The usual formats that it holds for some layer, and 16 bits for what it leaves alone.
+        """The usual formats that it holds for some layer, and bf16 for what it leaves alone.
 
         >>> capabilities("mlx").menu[:3]
         ('int2-g64-asym', 'int3-g64-asym', 'int4-g64-asym')
@@ -252,6 +177,15 @@ class Capabilities:
     def fuses(self) -> bool:
         """Whether some layers are loaded as one matrix."""
         return bool(self.fused) or any(each.fuses for each in self.based_on)
+
+
+def own_type(layer: Layer) -> str:
+    """Name of the format in which a layer stays as it is; empty for number types that are no format.
+
+    >>> own_type(Layer("fc", "linear", (8, 8), dtype="float16"))
+    'fp16'
+    """
+    return "" if layer.kind == "kv_cache" else _NAME_OF.get(layer.dtype, "")
 
 
 def targets() -> tuple[str, ...]:
@@ -385,22 +319,3 @@ def _made(name: str, body: Mapping[str, Any], known: Mapping[str, Sequence[Capab
 
 def _value(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _matches(text: str, patterns: Sequence[str]) -> bool:
-    return any(_pattern(pattern).fullmatch(text) for pattern in patterns)
-
-
-@lru_cache(maxsize=1024)
-def _pattern(text: str) -> re.Pattern[str]:
-    """Compile a pattern: ``*`` is anything up to a ``-``, ``{a,b}`` one of several, which may hold further braces.
-
-    >>> [name for name in ("int4-g64", "int4-g641", "int4-g64-asym") if _pattern("int{4,8}-g{64,128}").fullmatch(name)]
-    ['int4-g64']
-    """
-    marks = {"*": "[^-]*", "{": "(?:", "}": ")", ",": "|"}
-    return re.compile("".join(marks.get(character, re.escape(character)) for character in text))
-
-
-def _shown(patterns: Sequence[str]) -> str:
-    return ", ".join(patterns) or "nothing"

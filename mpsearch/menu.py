@@ -13,7 +13,7 @@ import numpy as np
 
 from mpsearch import registry
 from mpsearch.budget import TIMED, Budget, conditions
-from mpsearch.capabilities import Capabilities, cannot_hold, capabilities
+from mpsearch.capabilities import Capabilities, cannot_hold, capabilities, own_type
 from mpsearch.errors import InputError
 from mpsearch.feasible import allowed
 from mpsearch.format import Format, join
@@ -51,9 +51,21 @@ class Menu:
     energy: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @cached_property
+    def weights(self) -> tuple[str, ...]:
+        """Formats of weights on offer: those of the question, and with a target's own menu what layers are stored in.
+
+        That menu is made without a model, and knows none but those in bf16.
+        """
+        if self.able is None or self.spec.formats != self.able.menu:
+            return self.spec.formats
+        stored = ((layer, own_type(layer)) for layer in self.layers)
+        kept = (own for layer, own in stored if own and not self.refuses(layer, Format.parse(own)))
+        return tuple(dict.fromkeys([*self.spec.formats, *kept]))
+
+    @cached_property
     def menu(self) -> tuple[Format, ...]:
         """The formats that are offered, each to the layers that can take it."""
-        weights = join(map(Format.parse, self.spec.formats), self.spec.activations)
+        weights = join(map(Format.parse, self.weights), self.spec.activations)
         return (*weights, *(Format.parse(text) for text in self.spec.kv))
 
     @cached_property

@@ -110,18 +110,29 @@ class SensitivityTable:
                 if (status == "ok") != math.isfinite(x):
                     raise ValueError(f"layer '{name}': a cell with value {x} has status '{status}'")
 
-    def with_harmless(self, fmt: str, rows: Sequence[bool]) -> SensitivityTable:
-        """Return the table with a further format, which loses nothing in some rows and is not offered in the others.
+    def for_formats(self, formats: Sequence[str], harmless: Mapping[str, Sequence[bool]]) -> SensitivityTable:
+        """Return the table with other columns.
+
+        Args:
+            formats: the columns, in order.
+            harmless: format -> (L) whether it loses nothing; where it was not scored, it is offered there alone.
 
         >>> table = SensitivityTable(("a", "b"), ("int4",), np.ones((2, 1)), np.zeros((2, 1)), "nats/token")
-        >>> table.with_harmless("bf16", [True, False]).value.tolist()
-        [[1.0, 0.0], [1.0, nan]]
+        >>> table.for_formats(["bf16", "int4"], {"bf16": [True, False]}).value.tolist()
+        [[0.0, 1.0], [nan, 1.0]]
         """
-        column = np.where(np.array(rows), 0.0, np.nan)[:, None]
-        return replace(
-            self, formats=(*self.formats, fmt), value=np.hstack([self.value, column]),
-            spread=np.hstack([self.spread, column]), status=(),
-        )  # fmt: skip
+        place = {fmt: j for j, fmt in enumerate(self.formats)}
+        value, spread = np.full((2, len(self.layers), len(formats)), np.nan)
+        status: list[list[Status]] = [[] for _ in self.layers]
+        for j, fmt in enumerate(formats):
+            if fmt in place:
+                value[:, j], spread[:, j] = self.value[:, place[fmt]], self.spread[:, place[fmt]]
+            elif fmt in harmless:
+                value[:, j] = spread[:, j] = np.where(np.array(harmless[fmt]), 0.0, np.nan)
+            for i, row in enumerate(self.status):
+                made: Status = "ok" if math.isfinite(value[i, j]) else "not_offered"
+                status[i].append(row[place[fmt]] if fmt in place else made)
+        return replace(self, formats=tuple(formats), value=value, spread=spread, status=tuple(map(tuple, status)))
 
     @property
     def key(self) -> str:

@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 import mpsearch as mp
 from mpsearch import capabilities as tables
 from mpsearch.bundled import bundled_model
-from mpsearch.capabilities import Capabilities, Held, capabilities, targets
+from mpsearch.capabilities import Capabilities, capabilities, targets
 from mpsearch.cli.main import run
 from mpsearch.errors import InputError
 from mpsearch.exports.ct_config import violations
 from mpsearch.format import Format, all_formats
 from mpsearch.hardware.containers import CONTAINERS, refuses, stored_bytes
+from mpsearch.held import Held
+from mpsearch.held import pattern as compiled
 from mpsearch.layer import Layer, Layers
 from mpsearch.plan import BitPlan
 from mpsearch.spec import StudySpec
@@ -48,7 +50,7 @@ def test_every_table_speaks_of_formats_that_there_are(target: str) -> None:
         for pattern in rule.weights:
             assert any(Held((pattern,)).formats(Format.parse(text)) for text in weights), (target, pattern)
         for pattern in rule.inputs:
-            assert any(re.fullmatch(tables._pattern(pattern), text) for text in inputs), (target, pattern)
+            assert any(compiled(pattern).fullmatch(text) for text in inputs), (target, pattern)
     assert able.tested
     assert able.source
     assert able.title
@@ -336,3 +338,69 @@ def test_a_budget_that_holds_everything_is_no_reason_to_leave_what_a_target_must
         )
         found = Planner(spec, layers, {}).holds_all(Planner(spec, layers, {}).asked)
         assert (found is not None) == holds, target
+
+
+@pytest.mark.parametrize(("dtype", "own"), [("float32", "fp32"), ("float16", "fp16"), ("bfloat16", "bf16")])
+@pytest.mark.parametrize("target", ["autoround", "gptqmodel", "transformers-fp8", "vllm", "tensorrt-llm", "mct"])
+def test_the_own_menu_of_a_target_has_what_the_layers_are_stored_in(target: str, dtype: str, own: str) -> None:
+    from mpsearch.planning import Planner
+
+    shapes = {"embedding": (61, 40), "linear": (512, 512)}
+    layers = Layers(tuple(Layer(kind, kind, shape, dtype=dtype) for kind, shape in shapes.items()))
+    given = {**STUDY, "budgets": ("weights <= 40 bits",), "target": target}
+    made = Planner(StudySpec.of_values(**given), layers, {})
+    assert [str(fmt) for fmt in made.menu] == list(dict.fromkeys([*capabilities(target).menu, own]))
+    offered = {
+        row.name: [str(fmt) for fmt, free in zip(made.formats, mask, strict=True) if free == 0]
+        for row, mask in zip(made.layers.decisions, made.mask, strict=True)
+    }
+    assert own in offered["embedding"]
+    assert (own in offered["linear"]) == (target != "mct")
+    asked = Planner(StudySpec.of_values(**given, formats=("int4-g64",)), layers, {})
+    assert [str(fmt) for fmt in asked.menu] == ["int4-g64"]
+
+
+def test_stored_scores_serve_a_target_whatever_else_the_study_asked(tmp_path: Path) -> None:
+    """Pins and caches have columns of their own, behind those of the menu."""
+    pin = "model.layers.0.mlp.down_proj"
+    asked = {
+        "formats": ("int2-g64", "int4-g64", "int8-channel"),
+        "budgets": ("weights <= 6 bits",),
+        "pins": {pin: "bf16"},
+    }
+    given = {**STUDY, **asked, "estimator": "fisher", "kv": ("kv-int4-token", "kv-bf16")}
+    study = mp.study("asked", **given, storage=str(tmp_path / "s.db"))
+    study.run()
+    found = study.plan_for("vllm")
+    assert capabilities("vllm").violations(found) == []
+    assert str(found.formats[pin]) == "bf16"
+    assert {str(found.formats[x.name]) for x in found.layers if x.kind == "kv_cache"} == {"kv-bf16"}
+    assert found.stored_bytes <= 6 * found.layers.weights / 8
+    scores = study.scores
+    row = {name: i for i, name in enumerate(scores.layers)}
+    chosen = [
+        scores.value[row[d.name], scores.formats.index(str(found.formats[d.layers[0].name]))]
+        for d in study.survey.layers.decisions
+        if d.name != pin and str(found.formats[d.layers[0].name]) in scores.formats
+    ]
+    assert found.loss == pytest.approx(sum(chosen), rel=1e-6)
+
+
+def test_names_of_what_engines_fuse_agree_wherever_they_stand() -> None:
+    import ast
+
+    from mpsearch.fused import FUSED
+
+    wholes = {frozenset(parts) for parts in FUSED.values()}
+    fusing = [capabilities(name) for name in targets() if capabilities(name).fused]
+    assert {"compressed-tensors", "vllm", "sglang"} <= {able.target for able in fusing}
+    for able in fusing:
+        assert wholes <= set(able.fused), able.target
+    # A proof is a script of its own and cannot read them.
+    proof = Path(__file__).parent.parent / "mpsearch" / "exports" / "proofs" / "vllm_online.py"
+    packed = next(
+        ast.literal_eval(node.value)
+        for node in ast.parse(proof.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PACKED"
+    )
+    assert {name: tuple(parts) for name, parts in packed.items()} == FUSED

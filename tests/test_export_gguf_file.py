@@ -23,7 +23,8 @@ from mpsearch.exports.gguf_metadata import problems, rope_factors, row_order
 from mpsearch.exports.gguf_place import PLAIN_TYPES
 from mpsearch.exports.gguf_tokenizer import add_tokenizer, pre_tokenizer
 from mpsearch.exports.llama_cpp import LlamaCpp
-from mpsearch.exports.verify import proofs, verify
+from mpsearch.exports.proof_run import proofs
+from mpsearch.exports.verify import verify
 from mpsearch.format import Format
 from mpsearch.formats.gguf_types import GgufType
 from mpsearch.hardware.containers import kept_bytes, stored_bytes

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mpsearch import registry
 from mpsearch.capabilities import capabilities, targets
 from mpsearch.errors import InputError
-from mpsearch.exports.verify import proofs
+from mpsearch.exports.proof_run import proofs
 from mpsearch.format import Format
 from mpsearch.layer import Excluded, Layer, Layers
 from mpsearch.plan import BitPlan
@@ -181,7 +181,8 @@ def test_random_plans_within_the_table_are_taken_and_others_named(data: st.DataO
         for layer_name in names:
             held[layer_name] = next(iter(same))
     rest = plan_of(held)
-    if not able.violations(rest) and name not in WHOLE:
+    # A tool that quantises may refuse a plan that leaves it nothing to do.
+    if not able.violations(rest) and name not in WHOLE and any(text != "bf16" for text in held.values()):
         assert list(make(name).refuses(rest)) == []
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mpsearch.errors import InputError, UnsafeError
-from mpsearch.exports.folder import MANIFEST, write_folder
+from mpsearch.exports.folder import MANIFEST, VERIFIED, write_folder
 from mpsearch.exports.native import PLAN, WEIGHTS, Native, payload_bytes
 from mpsearch.files import write_file
 from mpsearch.format import Format
@@ -293,6 +293,15 @@ def test_force_removes_what_it_no_longer_writes_unless_it_was_edited(tmp_path: P
     (tmp_path / WEIGHTS).write_text("mine")
     Native(force=True).write(plan, tmp_path)
     assert (tmp_path / WEIGHTS).read_text() == "mine"
+
+
+def test_a_users_file_that_is_called_like_a_proof_stays(tmp_path: Path) -> None:
+    _, plan = net_and_plan()
+    (tmp_path / VERIFIED).write_text("mine")
+    with pytest.raises(InputError, match="holds 1 file"):
+        Native().write(plan, tmp_path)
+    Native(force=True).write(plan, tmp_path)
+    assert (tmp_path / VERIFIED).read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["../victim", "/tmp/mpsearch-victim", "a/../../victim", "x\0y"])

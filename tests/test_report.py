@@ -28,6 +28,7 @@ from mpsearch.tables import SensitivityTable
 from mpsearch.verdict import best_uniform
 from mpsearch.web.figures import front_figure, prediction_figure, rank_correlation
 from mpsearch.web.heat_map import heat_map
+from mpsearch.web.layer_table import layer_table
 from mpsearch.web.markup import clean, data_script, tag
 from mpsearch.web.report import report_html
 from mpsearch.web.report_data import ReportData
@@ -270,6 +271,20 @@ def test_map_holds_each_layer(view: ReportData, page: Element) -> None:
         fmt = view.chosen.formats[layer.name]
         loss = float(view.scores.value[i, view.scores.formats.index(str(fmt))])
         assert numbers == [float(fmt.effective_bits(layer)), fmt.bytes(layer), loss]
+
+
+def test_bytes_of_layers_say_where_they_count_when_the_total_counts_elsewhere() -> None:
+    from mpsearch.cli.show import plan_table
+
+    layers = Layers((Layer("fc", "linear", (64, 64)), Layer("up", "linear", (64, 64))))
+    ours = BitPlan(layers, dict.fromkeys(("fc", "up"), Format.parse("int4-g64")))
+    theirs = replace(ours, predicted=Predicted(cost={"weights": ours.bytes + 512}))
+    scores = SensitivityTable(("fc", "up"), ("int4-g64",), np.ones((2, 1)), np.ones((2, 1)), "nats/token")
+    assert "our own file" not in str(layer_table(ours, scores))
+    assert [str(column.header) for column in plan_table(ours).columns][-1] == "bytes"
+    assert "exact, in our own file" in str(layer_table(theirs, scores))
+    assert "bytes, exact, in our own file" in str(heat_map(theirs, scores))
+    assert [str(column.header) for column in plan_table(theirs).columns][-1] == "bytes in our own file"
 
 
 def test_map_folds_experts_and_counts_a_tie_once() -> None:

@@ -14,7 +14,8 @@ from mpsearch.cli.main import run
 from mpsearch.errors import InputError
 from mpsearch.exports.compressed_tensors import CompressedTensors
 from mpsearch.exports.folder import VERIFIED
-from mpsearch.exports.verify import Verification, proofs, verify
+from mpsearch.exports.proof_run import proofs
+from mpsearch.exports.verify import Verification, verify
 from mpsearch.format import Format
 from mpsearch.model.find import find_layers
 from mpsearch.model.model import Model, load_model
@@ -117,13 +118,13 @@ def test_what_is_read_is_held_against_the_plan(model: tuple[Model, Path], tmp_pa
 def test_logits_are_judged() -> None:
     from mpsearch.exports.verify import _far
 
-    assert _far("x", (0.05, 0.05), 1e-6, 1e-4) == []
-    assert [str(x) for x in _far("x", (0.05, 0.05), 2e-4, 1e-4)] == [
+    assert _far((0.05, 0.05), 1e-6, 1e-4) == []
+    assert [str(x) for x in _far((0.05, 0.05), 2e-4, 1e-4)] == [
         "logits: differ by 0.0002 of the largest, planned at most 0.0001"
     ]
-    assert _far("x", (0.1, 0.05), 0.5, None) == []
-    assert _far("x", (0.5, 0.05), 0.5, None)[0].what == "lose"
-    assert _far("x", (float("nan"), 0.05), 0.0, None)[0].what == "not finite"
+    assert _far((0.1, 0.05), 0.5, None) == []
+    assert _far((0.5, 0.05), 0.5, None)[0].what == "lose"
+    assert _far((float("nan"), 0.05), 0.0, None)[0].what == "not finite"
 
 
 def test_who_reads_and_what_is_read_is_checked(model: tuple[Model, Path], tmp_path: Path) -> None:
@@ -190,6 +191,43 @@ def test_from_the_shell(model: tuple[Model, Path], tmp_path: Path, capsys: pytes
         assert not (tmp_path / to).exists()
     assert run(["export", str(tmp_path / "plan.json"), "--to", "vllm", "--out", str(tmp_path / "v")]) == 3
     assert "--to compressed-tensors" in capsys.readouterr().err
+
+
+def test_a_configuration_needs_no_model_and_digests_are_made_once(
+    model: tuple[Model, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mpsearch.model import checkpoint
+
+    loaded, source = model
+    layers = find_layers(loaded)
+    plan = BitPlan(
+        layers,
+        {x.name: Format.parse("bf16") for x in layers},
+        {"name": "small", "digest": loaded.digest, "architecture": "LlamaForCausalLM"},
+    )
+    plan.save(tmp_path / "plan.json")
+    seen: list[Path] = []
+
+    def digest(folder: Path) -> str:
+        seen.append(folder)
+        return loaded.digest
+
+    for module in ("mpsearch.model.checkpoint", "mpsearch.exports.original", "mpsearch.model.model"):
+        monkeypatch.setattr(f"{module}.folder_digest", digest, raising=module == checkpoint.__name__)
+
+    def export(to: str, folder: Path) -> int:
+        out = tmp_path / f"{to} {folder.name}"
+        return run(["export", str(tmp_path / "plan.json"), "--to", to, "--model", str(folder), "--out", str(out)])
+
+    assert export("llama.cpp", tmp_path / "moved") == 0, capsys.readouterr().err
+    assert seen == []
+    for to in ("llama.cpp", "compressed-tensors", "native"):
+        seen.clear()
+        assert export(to, source) == 0, capsys.readouterr().err
+        assert seen == [source], to
+    # Who reads the model needs it.
+    assert export("compressed-tensors", tmp_path / "moved") == 3
+    assert "E101" in capsys.readouterr().err
 
 
 def test_every_proof_is_a_script_for_another_interpreter() -> None:

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpsearch.capabilities import capabilities
-from mpsearch.capabilities import targets as able_targets
 from mpsearch.cli.options import DEFAULT_STORAGE, Budgets, Storage, open_study
 from mpsearch.errors import InputError, UsageError
 
@@ -51,6 +49,8 @@ def export(
     from dataclasses import replace
 
     from mpsearch import registry
+    from mpsearch.capabilities import capabilities
+    from mpsearch.capabilities import targets as able_targets
     from mpsearch.cli.own_tables import read_settings
     from mpsearch.exports.verify import check_model
     from mpsearch.plan import BitPlan
@@ -82,9 +82,10 @@ def export(
         finally:
             study.store.close()
     folder = _folder(source) if source else ""
-    if folder:
-        check_model(plan, folder)
     reads = getattr(exporter, "reads", "")
+    # Who reads the model looks whose it is; a configuration needs none, and one that has moved does not stop it.
+    if folder and not reads and Path(folder).is_dir():
+        check_model(plan, folder)
     calibrated = any(fmt.calibrated for fmt in plan.formats.values())
     loaded = None
     if folder and weights and (reads == "model" or (reads == "folder" and calibrated)):
@@ -106,6 +107,8 @@ def export(
 
 def _substituted(study: Study, plan: BitPlan, to: str, budgets: Sequence[str]) -> BitPlan:
     """The plan of the same budgets with only what the target holds; prints what that changes and what it costs."""
+    from mpsearch.capabilities import capabilities
+
     target = study.spec.target
     # A study for an engine stays one for that engine.
     for_engine = target and to in [other.target for other in capabilities(target).based_on]

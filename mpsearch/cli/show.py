@@ -216,7 +216,7 @@ def tournament_notes(outcome: Tournament) -> list[str]:
 
 def plan_table(plan: BitPlan) -> Table:
     """One row per decision of a plan."""
-    table = _table("Plan", ("decision", "left"), ("format", "left"), ("bytes", "right"))
+    table = _table("Plan", ("decision", "left"), ("format", "left"), (f"bytes {plan.counted_in}".strip(), "right"))
     for decision in plan.layers.decisions:
         fmt = plan.formats[decision.layers[0].name]
         table.add_row(Text(safe(decision.name)), str(fmt), f"{sum(fmt.bytes(x) for x in decision.layers):,}")

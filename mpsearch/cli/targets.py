@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpsearch.capabilities import Capabilities, capabilities
-from mpsearch.capabilities import targets as able_targets
 from mpsearch.cli.options import Json
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from mpsearch.capabilities import Capabilities
 
 
 def targets(
@@ -27,6 +27,7 @@ def targets(
 
     mpsearch targets vllm
     """
+    from mpsearch.capabilities import capabilities
     from mpsearch.cli.show import console
 
     if name:
@@ -96,7 +97,9 @@ def _one(able: Capabilities, as_json: bool) -> None:
 def _tools() -> Iterator[dict[str, str]]:
     """The tools that load plans, with how an export is written and proven."""
     from mpsearch import registry
-    from mpsearch.exports.verify import proofs
+    from mpsearch.capabilities import capabilities
+    from mpsearch.capabilities import targets as able_targets
+    from mpsearch.exports.proof_run import proofs
 
     exporters, proven = registry.names("exporters"), proofs()
     for name in dict.fromkeys([*able_targets(), *exporters]):

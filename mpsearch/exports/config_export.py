@@ -32,7 +32,7 @@ class ConfigExporter(ABC):
         force: replace an earlier export in the same folder.
         version: version of the target; the tested one when empty.
         assume: version whose facts count for a version that no table speaks of.
-        source: folder of the model, for the command that is written beside; a placeholder when empty.
+        source: folder of the model, for the command that is written beside; empty leaves its place to be filled in.
     """
 
     target: ClassVar[str]

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from mpsearch.capabilities import capabilities
 from mpsearch.format import Format
 from mpsearch.formats.activation import Activation
 from mpsearch.hardware.containers import refuses
@@ -15,14 +16,6 @@ from mpsearch.plan import BitPlan
 
 #: Version of the library whose layout is written; earlier ones pack 3, 5, 6 and 7 bits with gaps.
 VERSION = "0.20.0"
-#: Modules of one parent that engines load as one matrix.
-FUSED: tuple[frozenset[str], ...] = (
-    frozenset({"q_proj", "k_proj", "v_proj"}),
-    frozenset({"query", "key", "value"}),
-    frozenset({"gate_proj", "up_proj"}),
-    frozenset({"w1", "w3"}),
-)
-
 _CONTAINER = "compressed-tensors"
 _NAME_OF_MX: Mapping[str, str] = {
     "mxfp4": "mxfp4-pack-quantized",
@@ -158,7 +151,7 @@ def _fused(plan: BitPlan) -> Iterator[list[str]]:
     found: dict[tuple[str, int], list[str]] = {}
     for layer in plan.layers:
         parent, _, name = layer.name.rpartition(".")
-        for place, names in enumerate(FUSED):
+        for place, names in enumerate(capabilities(_CONTAINER).fused):
             if layer.kind == "linear" and name in names:
                 found.setdefault((parent, place), []).append(layer.name)
     yield from found.values()

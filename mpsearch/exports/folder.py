@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mpsearch.errors import InputError
-from mpsearch.files import inside, write_file
+from mpsearch.files import inside, sweep, write_file
 
 MANIFEST = "mpsearch-export.json"
 #: What a proof found, beside the export that it is of.
@@ -39,13 +39,15 @@ def write_folder(
         UnsafeError: a file name leaves the folder (E803).
         ResourceError: the folder cannot be written (E701).
     """
+    known = (folder / MANIFEST).exists()
     ours = _claim(folder, list(writers), force)
     targets = {name: inside(folder, name) for name in writers}
     stale = {inside(folder, name): digest for name, digest in ours.items() if name not in writers}
     manifest = inside(folder, MANIFEST)
     write_file(manifest, _manifest(exporter, dict.fromkeys([*writers, *ours])))
-    # A proof is of the files that it saw.
-    inside(folder, VERIFIED).unlink(missing_ok=True)
+    # A proof is of the files that it saw. Without a manifest before, a file of that name is not ours.
+    if known:
+        inside(folder, VERIFIED).unlink(missing_ok=True)
     for name, write in writers.items():
         write(targets[name])
     for path, digest in stale.items():
@@ -81,6 +83,8 @@ def _claim(folder: Path, names: Sequence[str], force: bool) -> dict[str, str | N
         return {}
     if not folder.is_dir():
         raise InputError("E303", f"'{folder}' is a file, not a folder; nothing was written or deleted")
+    # What a killed export left half-written is in nobody's way.
+    sweep(folder)
     found = sorted(path.name for path in folder.iterdir() if path.name != VERIFIED or not (folder / MANIFEST).exists())
     if not found:
         return {}

@@ -12,17 +12,13 @@ from mpsearch.exports.config_export import json_text, natural, weights_of
 from mpsearch.exports.left_alone import left_alone, unspeakable
 from mpsearch.exports.script_exporter import ScriptExporter
 from mpsearch.format import Format
+from mpsearch.fused import FUSED
 from mpsearch.layer import Layer
 from mpsearch.plan import BitPlan
 
 CONFIG = "quantize_config.json"
 #: What the script must know beside the configuration.
 RUN_SETTINGS = "run.json"
-#: Name under which engines load layers of one parent as one matrix -> the layers.
-ALIASES: Mapping[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
 #: Name of the head, which the library quantises only when told so beside the rules.
 HEAD = "lm_head"
 
@@ -180,7 +176,7 @@ def _fused(plan: BitPlan) -> Iterator[tuple[str, str, list[Format]]]:
     """Yield parent, name of the fused layer, and the different formats of its members, for those that are all there."""
     owned = {layer.name for layer in weights_of(plan) if layer.kind == "linear"}
     for parent in sorted({name.rpartition(".")[0] for name in owned}, key=natural):
-        for alias, members in ALIASES.items():
+        for alias, members in FUSED.items():
             names = [f"{parent}.{name}" if parent else name for name in members]
             if owned.issuperset(names):
                 found = {tuple(sorted(_said(plan.formats[name]).items())): plan.formats[name] for name in names}

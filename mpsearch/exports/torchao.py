@@ -9,15 +9,11 @@ from typing import Any, ClassVar
 from mpsearch.exports.config_export import ConfigExporter, json_text, modules, natural, weights_of
 from mpsearch.exports.transformers_script import SCRIPT, script
 from mpsearch.format import Format
+from mpsearch.fused import FUSED
 from mpsearch.plan import BitPlan
 
 CONFIG = "torchao.json"
 MODULES = "modules.json"
-#: Name under which vLLM looks up modules that it loads as one matrix -> the modules.
-FUSED: Mapping[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
 
 # Our grids have other ends than theirs; this one has our scale wherever the largest weight is positive.
 _MAPPINGS = {"": "SYMMETRIC_NO_CLIPPING_ERR", "full": "SYMMETRIC", "asym": "ASYMMETRIC"}

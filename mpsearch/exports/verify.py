@@ -21,22 +21,18 @@ positions, vocabulary), fp32, of the tokens.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpsearch.capabilities import capabilities, targets
-from mpsearch.errors import InputError, ResourceError
+from mpsearch.errors import InputError
+from mpsearch.exports.proof_run import drawn_tokens, proofs, run_proof
 from mpsearch.format import Format
 from mpsearch.layer import Layer
 from mpsearch.plan import BitPlan
@@ -44,9 +40,6 @@ from mpsearch.plan import BitPlan
 if TYPE_CHECKING:
     from mpsearch.model.model import Model
 
-#: Exit code of a proof whose library is not installed.
-MISSING = 77
-_SEQUENCES, _LENGTH = 2, 32
 #: A target that rounds by rules of its own may lose so many times what our rounding loses, and so much more.
 _COARSE, _SLACK = 4.0, 0.02
 #: How far the distance of a weight from the original may be from that of our rounding, as a share of it.
@@ -116,16 +109,6 @@ class Verification:
         return {**asdict(self), "passed": self.passed, "ran": self.ran}
 
 
-def proofs() -> tuple[str, ...]:
-    """Names of the exporters that have a proof.
-
-    >>> "compressed-tensors" in proofs()
-    True
-    """
-    found = files("mpsearch.exports").joinpath("proofs").iterdir()
-    return tuple(sorted(_exporter(x.name) for x in found if x.name.endswith(".py") and not x.name.startswith("_")))
-
-
 def verify(
     target: str, plan: BitPlan, folder: Path, model: Model | str, source: str = "", python: str = "",
     bound: float | None = None,
@@ -153,8 +136,8 @@ def verify(
     original = model if isinstance(model, str) else source
     check_model(plan, original)
     with tempfile.TemporaryDirectory() as scratch:
-        tokens = _tokens(original)
-        report = _run(target, folder, original, tokens, Path(scratch), python or sys.executable)
+        tokens = drawn_tokens(original)
+        report = run_proof(target, folder, original, tokens, Path(scratch), python or sys.executable)
         found = _differences(plan, report["tensors"], bool(report.get("everything")))
         found += _moved(plan, model, report["tensors"])
         kl = largest = None
@@ -163,7 +146,7 @@ def verify(
             before, ours = simulated_logits(plan, model, tokens)
             kl = (_divergence(before, theirs), _divergence(before, ours))
             largest = float(np.abs(theirs - ours).max() / np.abs(ours).max())
-            found += _far(target, kl, largest, bound)
+            found += _far(kl, largest, bound)
         if report.get("everything") and (size := _stored(target, plan)) not in (None, int(report["bytes"])):
             found.append(Difference("all tensors", "bytes", f"{size:,}", f"{report['bytes']:,}"))
         return Verification(
@@ -183,7 +166,7 @@ def check_model(plan: BitPlan, folder: str) -> None:
         )
 
 
-def _far(target: str, kl: tuple[float, float], largest: float, bound: float | None) -> list[Difference]:
+def _far(kl: tuple[float, float], largest: float, bound: float | None) -> list[Difference]:
     """What logits say: as ours where the arithmetic is ours, else no loss that other rounding cannot explain."""
     theirs, ours = kl
     if not np.isfinite(theirs):
@@ -280,61 +263,6 @@ def _same_group(what: str, wanted: int, got: int, layer: Layer) -> bool:
     return what == "group" and {wanted, got} == {0, layer.columns}
 
 
-def _run(target: str, folder: Path, model: str, tokens: list[list[int]], scratch: Path, python: str) -> dict[str, Any]:
-    (scratch / "tokens.json").write_text(json.dumps(tokens), encoding="utf-8")
-    report = scratch / "report.json"
-    here = files("mpsearch.exports").joinpath("proofs")
-    # The script's own folder goes first on the path, and modules there must not hide the target's packages.
-    script = scratch / f"proof_{_module(target)}.py"
-    script.write_bytes(here.joinpath(f"{_module(target)}.py").read_bytes())
-    (scratch / "_common.py").write_bytes(here.joinpath("_common.py").read_bytes())
-    interpreter = _interpreter(python)
-    done = subprocess.run(
-        [interpreter, str(script), "--export", str(folder.resolve()), "--model", str(Path(model).resolve()),
-         "--tokens", str(scratch / "tokens.json"), "--out", str(report)],
-        capture_output=True, text=True, encoding="utf-8", errors="replace", check=False, cwd=scratch,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-    )  # fmt: skip
-    said = [line for line in done.stderr.strip().splitlines() if line.strip()]
-    last = said[-1][:500] if said else ""
-    if done.returncode == MISSING:
-        advice = "or name an interpreter that has it: --python PATH" if last.startswith("install ") else ""
-        raise ResourceError("E702", f"written, not verified: {last}", advice=advice)
-    if done.returncode or not report.is_file():
-        raise InputError("E306", f"{target} does not take the export: {last or f'exit code {done.returncode}'}")
-    found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
-    return found
-
-
-def _interpreter(python: str) -> str:
-    """Return the path of an interpreter, as it was named: what a link in a virtual environment points at is another.
-
-    Raises:
-        InputError: it is none (E101).
-    """
-    path = shutil.which(python)
-    said = ""
-    if path is not None:
-        try:
-            done = subprocess.run([path, "-c", "print(6 * 7)"], capture_output=True, text=True, timeout=60, check=False)
-            said = done.stdout.strip()
-        except (OSError, subprocess.TimeoutExpired):
-            path = None
-    if path is None or said != "42":
-        raise InputError(
-            "E101", f"--python: '{python}' is no Python interpreter", advice="give the path of one that has the library"
-        )
-    return os.path.abspath(path)
-
-
-def _tokens(model: str) -> list[list[int]]:
-    """Tokens that any model of that vocabulary can read, the same on every machine."""
-    config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-    size = int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or 2)
-    drawn = np.random.default_rng(0).integers(0, size, (_SEQUENCES, _LENGTH))
-    return [[int(x) for x in row] for row in drawn]
-
-
 def _divergence(original: Any, other: Any) -> float:
     """Mean KL(original || other) over all positions, in nats per token."""
     p, q = (_log_softmax(x) for x in (original, other))
@@ -344,16 +272,3 @@ def _divergence(original: Any, other: Any) -> float:
 def _log_softmax(logits: Any) -> Any:
     shifted = logits - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
-def _module(target: str) -> str:
-    return target.replace("-", "_").replace(".", "_")
-
-
-def _exporter(file: str) -> str:
-    """Name of the exporter that a proof is of."""
-    from mpsearch import registry
-
-    stem = file.removesuffix(".py")
-    known: Sequence[str] = registry.names("exporters")
-    return next((name for name in known if _module(name) == stem), stem)

@@ -9,6 +9,7 @@ from typing import Any
 
 from mpsearch.errors import InputError
 from mpsearch.format import Format
+from mpsearch.fused import FUSED
 from mpsearch.layer import Layer, Layers
 
 #: Number type as stored -> the format that leaves a layer as it is.
@@ -18,12 +19,7 @@ ROUNDINGS = ("", "full", "mse", "gptq")
 #: What ``--without`` may leave out.
 PARTS = ("inputs", "caches")
 # Names under which engines load several layers as one; configurations list them beside the layers themselves.
-_FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "w13": ("w1", "w3"),
-    "w1w3": ("w1", "w3"),
-}
+_FUSED = {**FUSED, "w13": ("w1", "w3"), "w1w3": ("w1", "w3")}
 _NAMED = 5
 # Names of modules that read token numbers.
 _EMBEDDING = re.compile(r"emb|wte|shared")

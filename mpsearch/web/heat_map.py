@@ -10,7 +10,7 @@ from mpsearch.layer import Layer
 from mpsearch.plan import BitPlan
 from mpsearch.tables import SensitivityTable
 from mpsearch.web.amounts import whole_bytes
-from mpsearch.web.layer_table import Prediction, predictions
+from mpsearch.web.layer_table import Prediction, exactly, predictions
 from mpsearch.web.markup import Html, join, tag
 
 #: Bits that have a colour of their own in the style sheet.
@@ -111,7 +111,8 @@ def _tip(layers: Sequence[Layer], plan: BitPlan, predicted: Mapping[str, Predict
         ]
     count = sum(fmt.bytes(layer) for fmt, layer in zip(formats, layers, strict=True))
     loss = Prediction.sum(predicted[name] for name in dict.fromkeys(layer.tie or layer.name for layer in layers))
-    lines += [f"{whole_bytes(count)}, exact", f"predicted loss: {loss.text}{'' if loss.loss is None else ' ' + unit}"]
+    lines.append(f"{whole_bytes(count)}, {exactly(plan)}")
+    lines.append(f"predicted loss: {loss.text}{'' if loss.loss is None else ' ' + unit}")
     ties = dict.fromkeys(layer.tie for layer in layers if layer.tie)
     if ties:
         lines.append(f"tied as {', '.join(ties)}: the loss is of all tied layers together")

@@ -60,13 +60,19 @@ def predictions(plan: BitPlan, scores: SensitivityTable) -> dict[str, Prediction
     return found
 
 
+def exactly(plan: BitPlan) -> str:
+    """How bytes of single layers are known, and where they are counted if the plan's total is counted elsewhere."""
+    return f"exact, {plan.counted_in}" if plan.counted_in else "exact"
+
+
 def layer_table(plan: BitPlan, scores: SensitivityTable) -> Html:
     """List every layer of a plan: format, stored bits and bytes, predicted loss."""
+    exact = exactly(plan)
     columns = (
         Column("layer", numeric=False),
         Column("format", numeric=False),
-        Column("bits per weight", "exact"),
-        Column("bytes", "exact"),
+        Column("bits per weight", exact),
+        Column("bytes", exact),
         Column("loss ± standard error", f"predicted, {scores.unit}"),
     )
     predicted = predictions(plan, scores)

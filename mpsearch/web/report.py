@@ -20,7 +20,7 @@ from mpsearch.web.figures import (
     rank_correlation,
 )
 from mpsearch.web.heat_map import heat_map
-from mpsearch.web.layer_table import layer_table
+from mpsearch.web.layer_table import exactly, layer_table
 from mpsearch.web.markup import Html, data_script, join, tag
 from mpsearch.web.plan_table import NOISE, plan_table
 from mpsearch.web.report_data import ReportData, group_of
@@ -137,10 +137,11 @@ def _front(view: ReportData) -> Html:
 def _map(view: ReportData) -> Html:
     maker = view.scores.source.get("estimator")
     by = f" by {maker}" if isinstance(maker, str) else ""
+    exact = exactly(view.chosen)
     every = tag("summary", f"All {len(view.chosen.layers)} layers as a table")
     return _section(
         "The chosen plan",
-        _note(f"Bits of each layer. Point at a cell or tap it for format, bytes (exact) and loss (predicted{by})."),
+        _note(f"Bits of each layer. Point at a cell or tap it for format, bytes ({exact}) and loss (predicted{by})."),
         heat_map(view.chosen, view.scores),
         tag("details", every, layer_table(view.chosen, view.scores)),
     )

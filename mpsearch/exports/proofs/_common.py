@@ -3,6 +3,8 @@
 import argparse
 import importlib.metadata
 import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -96,3 +98,82 @@ def unpack_words(words, bits, count):
     rows = np.ascontiguousarray(np.asarray(words, dtype=np.int32))
     stream = np.unpackbits(rows.view(np.uint8), axis=1, bitorder="little")[:, : bits * count]
     return (stream.reshape(len(rows), count, bits) << np.arange(bits, dtype=np.uint8)).sum(-1, dtype=np.int64)
+
+
+def with_tokenizer(model, scratch):
+    """A folder of the model that has a tokenizer, without which some libraries load none, even where they read no text.
+
+    Args:
+        model: folder of the model.
+        scratch: where a copy with a tokenizer of made-up words goes, when the model has none.
+    """
+    if any((model / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        return model
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    folder = scratch / "model"
+    shutil.copytree(model, folder)
+    count = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(count)}, unk_token="t0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", pad_token="t0").save_pretrained(folder)
+    return folder
+
+
+def run_script(args, model, out):
+    """Quantise a model by the script of the export, with the tokens where it calibrates; leave where that fails.
+
+    Args:
+        args: the command line of the proof.
+        model: folder of the model.
+        out: folder for what it writes.
+    """
+    facts = args.export / "run.json"
+    calibrated = facts.exists() and json.loads(facts.read_text(encoding="utf-8"))["calibrated"]
+    data = ["--tokens", str(args.tokens)] if calibrated else []
+    command = [sys.executable, str(args.export / "run.py"), "--model", str(model), "--out", str(out), *data]
+    # What the script says last is the reason when it fails.
+    if code := subprocess.run(command, check=False, stdout=sys.stderr).returncode:
+        sys.exit(code)
+
+
+def stored_tensors(folder):
+    """All tensors of the safetensors files of a folder, by name, and their bytes."""
+    from safetensors import safe_open
+
+    held = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            held.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
+    return held, sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+
+
+def as_stored(tensor):
+    """What there is to say of a tensor that was left alone."""
+    return {"bits": 8 * tensor.element_size(), "dtype": str(tensor.dtype).removeprefix("torch.")}
+
+
+def gptq_tensors(held, columns_of):
+    """What every tensor of a checkpoint in GPTQ's layout holds.
+
+    Args:
+        held: its tensors by name: ``qweight``, ``qzeros``, ``scales``, perhaps ``g_idx``, and those left alone.
+        columns_of: name of a module -> weights of an output channel.
+    """
+    tensors = {}
+    for name, tensor in held.items():
+        module, _, part = name.rpartition(".")
+        if part == "qweight":
+            scales, columns = held[f"{module}.scales"], columns_of(module)
+            bits, groups = 32 * len(tensor) // columns, len(scales)
+            zeros = unpack_words(held[f"{module}.qzeros"].numpy(), bits, scales.shape[1])
+            tensors[f"{module}.weight"] = {
+                "bits": bits,
+                "group": 0 if groups == 1 else columns // groups,
+                # Of an asymmetric layer all groups would have to have the middle as their zero point.
+                "symmetric": set(zeros.flat) in ({2 ** (bits - 1) - 1}, {2 ** (bits - 1)}),
+                "levels": levels(unpack_words(tensor.T.contiguous().numpy(), bits, columns)),
+            }
+        elif part not in ("scales", "qzeros", "g_idx"):
+            tensors[name] = as_stored(tensor)
+    return tensors

@@ -2,7 +2,7 @@
 
 import json
 
-from _common import arguments, levels, needs, report, torch_logits, unpack_words
+from _common import arguments, as_stored, levels, needs, report, stored_tensors, torch_logits, unpack_words
 
 #: Values of E2M1, by code.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -20,15 +20,14 @@ def main():
     scheme = config.get("quantization_config")
     groups = QuantizationConfig.model_validate(scheme).config_groups if scheme else {}
     of = {target: group for group in groups.values() for target in group.targets}
-    held, original = stored(args.export), stored(args.model)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+    (held, size), (original, _) = stored_tensors(args.export), stored_tensors(args.model)
     tensors = {}
     for name in held:
         module, _, part = name.rpartition(".")
         if part not in ("weight_packed", "weight") and (part.startswith("weight_") or part.startswith("input_")):
             continue
         group = of.get(module) if part in ("weight_packed", "weight") else None
-        fact, weight = quantised(held, module, part, group) if group else plain(held[name])
+        fact, weight = quantised(held, module, part, group) if group else (as_stored(held[name]), held[name].float())
         tensor = f"{module}.weight" if group else name
         if weight is not None and tensor in original:
             before = original[tensor].double()
@@ -41,22 +40,6 @@ def main():
     except Exception as error:  # the library's own limits are told, and what was read back stands
         notes = [f"transformers does not load it by default ({type(error).__name__}); its tensors were read"]
     report(args.out, library, version, tensors, logits=logits, size=size, notes=notes, everything=True)
-
-
-def stored(folder):
-    """All tensors of a folder, by name."""
-    from safetensors import safe_open
-
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            found.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
-    return found
-
-
-def plain(tensor):
-    """Facts of a tensor that is left as it is, and its numbers."""
-    return {"bits": 8 * tensor.element_size(), "dtype": str(tensor.dtype).removeprefix("torch.")}, tensor.float()
 
 
 def quantised(held, module, part, group):

@@ -1,22 +1,20 @@
 """Proof of an llm-compressor recipe: its script quantises the model, and what was written is read back."""
 
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from _common import arguments, levels, needs, report, torch_logits, unpack_words
-
-
-def quantised(args, out):
-    """Run the script of the export."""
-    run = json.loads((args.export / "run.json").read_text(encoding="utf-8"))
-    data = ["--tokens", str(args.tokens)] if run["calibrated"] else []
-    command = [sys.executable, str(args.export / "run.py"), "--model", str(args.model), "--out", str(out)]
-    # What the script says last is the reason when it fails.
-    if code := subprocess.run([*command, *data], check=False, stdout=sys.stderr).returncode:
-        sys.exit(code)
+from _common import (
+    arguments,
+    as_stored,
+    levels,
+    needs,
+    report,
+    run_script,
+    stored_tensors,
+    torch_logits,
+    unpack_words,
+)
 
 
 def integers(held, module, weights):
@@ -43,28 +41,23 @@ def integers(held, module, weights):
 def tensors_of(folder):
     """What every tensor holds, and the bytes of all."""
     from compressed_tensors.quantization import QuantizationConfig
-    from safetensors import safe_open
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     groups = QuantizationConfig.model_validate(config["quantization_config"]).config_groups.values()
     of = {target: group.weights for group in groups for target in group.targets}
-    held = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            held.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
+    held, size = stored_tensors(folder)
     tensors = {}
     for name, tensor in held.items():
         module, _, part = name.rpartition(".")
         if part not in ("weight", "weight_packed"):
             continue
         if f"{module}.weight_scale" not in held:
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            tensors[name] = {"bits": 8 * tensor.element_size(), "dtype": dtype}
+            tensors[name] = as_stored(tensor)
         elif of[module].type == "int":
             tensors[f"{module}.weight"] = integers(held, module, of[module])
         else:
             tensors[f"{module}.weight"] = {"bits": of[module].num_bits}
-    return tensors, sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+    return tensors, size
 
 
 def main():
@@ -76,7 +69,7 @@ def main():
 
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "quantised"
-        quantised(args, out)
+        run_script(args, args.model, out)
         tensors, size = tensors_of(out)
         notes, logits = [], None
         try:

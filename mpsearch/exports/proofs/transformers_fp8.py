@@ -7,7 +7,7 @@ over; the saved model is then loaded as transformers loads it on a CPU, dequanti
 import runpy
 import sys
 
-from _common import arguments, levels, needs, report, torch_logits
+from _common import arguments, as_stored, levels, needs, report, stored_tensors, torch_logits
 
 
 def main():
@@ -16,7 +16,6 @@ def main():
     library, version = needs("transformers", "torch", "safetensors", "accelerate")
     import torch
     import transformers
-    from safetensors import safe_open
     from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
     notes = [f"torch {torch.__version__}"]
@@ -30,18 +29,13 @@ def main():
     sys.argv = ["run.py", str(args.model), str(out)]
     runpy.run_path(str(args.export / "run.py"), run_name="__main__")
     FineGrainedFP8HfQuantizer.validate_environment = check
-    held = {}
-    for path in sorted(out.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            held.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
-    tensors, size = {}, 0
+    held, size = stored_tensors(out)
+    tensors = {}
     for name, tensor in held.items():
-        size += tensor.numel() * tensor.element_size()
         scales = held.get(name + "_scale_inv")
         if scales is None:
             if not name.endswith("_scale_inv"):
-                bits = 8 * tensor.element_size()
-                tensors[name] = {"bits": bits, "dtype": str(tensor.dtype).removeprefix("torch.")}
+                tensors[name] = as_stored(tensor)
             continue
         block = [a // b for a, b in zip(tensor.shape, scales.shape, strict=True)]
         if tensor.dtype != torch.float8_e4m3fn or block != [128, 128]:
