@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import socket
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
@@ -39,3 +41,47 @@ def versions() -> dict[str, str]:
 def fingerprint() -> dict[str, str]:
     """All that makes numbers of two runs comparable: machine and versions."""
     return {"machine": machine(), **versions()}
+
+
+def _started(pid: int) -> str:
+    """When a process began, in the system's own ticks; empty when there is none, or the system does not tell."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stream:
+            # The name of the program stands in brackets and may hold spaces.
+            fields = stream.read().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else fields[19]
+
+
+@cache
+def _boot() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as stream:
+            return stream.read().strip()[:8]
+    except OSError:
+        return ""
+
+
+def process_name(pid: int | None = None) -> str:
+    """Name a process of this machine so that no later one has the same name: ``host:boot:pid:start``."""
+    pid = os.getpid() if pid is None else pid
+    return f"{socket.gethostname().replace(':', '_')}:{_boot()}:{pid}:{_started(pid)}"
+
+
+def is_gone(name: str) -> bool:
+    """Whether a process, named by `process_name`, has certainly ended; False when that cannot be known from here.
+
+    >>> is_gone(process_name())
+    False
+    >>> is_gone("elsewhere:abc:1:2")
+    False
+    """
+    parts = name.split(":")
+    if len(parts) < 4 or not parts[2].isdigit():
+        return False
+    here = process_name().split(":")
+    if parts[0] != here[0] or not os.path.isdir("/proc/self"):
+        return False
+    # After a new start of the machine nothing from before is alive.
+    return parts[1] != here[1] or _started(int(parts[2])) != parts[3]

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from mpsearch.format import Format
 from mpsearch.front import Measurement
 from mpsearch.layer import Layer
 from mpsearch.plan import BitPlan
 from mpsearch.problem import Problem, Solution
-from mpsearch.records import CellRow, LinkRow, StudyRow
+from mpsearch.records import (
+    CellRow,
+    ClaimArgs,
+    EventRow,
+    LeasedTask,
+    LinkRow,
+    StudyRow,
+    StudyStatus,
+    TaskRow,
+    TaskState,
+    ValueRow,
+    WorkerRow,
+)
 from mpsearch.tables import CostTable, SensitivityTable
 from mpsearch.trials import Seen, Trial
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+if TYPE_CHECKING:
+    from mpsearch.working import Done, Order, Worker
+
 # Models and batches hold torch values, which this file must not know.
 Model = Any
 Batches = Sequence[Any]
@@ -132,19 +145,211 @@ class Exporter(Protocol):
 
 
 class Executor(Protocol):
-    """Runs work, possibly elsewhere."""
+    """Starts workers somewhere, and sees that they live. What they compute does not depend on where they are.
 
-    def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[int, Result]]:
-        """Yield (index of the item, result) as results arrive; the results do not depend on the executor."""
+    ``inside`` says that `turn` itself does tasks, in the driver's process; ``workers`` how many there are.
+    """
+
+    inside: bool
+    workers: int
+
+    def begin(self, order: Order, here: Callable[[], Worker], lost: Callable[[str, str], Sequence[str]]) -> None:
+        """Start the workers: elsewhere by an order, or ``here()`` for one in this process.
+
+        ``lost(name, reason)`` is to be called for a worker that has died; without a reason it was ended on purpose. It
+        returns the keys of the tasks that the worker had claimed.
+        """
         ...
 
-    def close(self) -> None:
-        """End the workers."""
+    def turn(self) -> Sequence[Done]:
+        """Do one task, or look after the workers: start new ones for those that died.
+
+        Raises:
+            ResourceError: workers cannot be started (E522, E621).
+        """
+        ...
+
+    def rest(self) -> None:
+        """Nothing is to be done for a while."""
+        ...
+
+    def end(self, now: bool = False) -> None:
+        """End the workers, at once if asked; what they had claimed is free again."""
+        ...
+
+
+class Queue(Protocol):
+    """Tasks with leases, by the database's clock. A result that comes with an older epoch is refused."""
+
+    def offer(self, study: str, rows: Sequence[TaskRow], again: bool = False) -> None:
+        """Put tasks up for work; those that nobody ended, of a study that nobody drives, go over to this one.
+
+        ``again`` offers anew what failed or was given up.
+        """
+        ...
+
+    def claim(
+        self,
+        worker: str,
+        *,
+        lease: float,
+        setups: Sequence[str] | None = None,
+        skip: Sequence[str] = (),
+        any_study: bool = True,
+        study: str = "",
+    ) -> LeasedTask | None:
+        """Take the first task that is ready, of a study that is driven and wanted to run; None when there is none."""
+        ...
+
+    def renew(self, lease: LeasedTask, seconds: float) -> bool:
+        """Make a lease last from now on; False when it is lost."""
+        ...
+
+    def finish(
+        self,
+        lease: LeasedTask,
+        *,
+        values: Sequence[ValueRow] = (),
+        cells: Sequence[tuple[str, Sequence[CellRow]]] = (),
+        seconds: float = 0.0,
+        claim: ClaimArgs | Mapping[str, Any] | None = None,
+    ) -> LeasedTask | None:
+        """Keep what a task gave and end it, all or nothing, and take the next one; E523 when the lease is lost.
+
+        ``claim`` says what to take next: `ClaimArgs`, or some of the arguments of `claim`.
+        """
+        ...
+
+    def fail(self, lease: LeasedTask, code: str, message: str, data: Mapping[str, Any] | None = None) -> None:
+        """End a task without a result; E523 when the lease is lost."""
+        ...
+
+    def release(self, lease: LeasedTask) -> None:
+        """Give a task back unharmed."""
+        ...
+
+    def lost(self, worker: str, reason: str) -> list[str]:
+        """Free what a worker had that died, or, without a reason, was ended on purpose; return the keys."""
+        ...
+
+    def sweep(self) -> None:
+        """Free the tasks whose lease has lapsed, or give them up."""
+        ...
+
+    def states(self, keys: Sequence[str]) -> dict[str, TaskState]:
+        """Return where tasks stand; keys that are not there are absent."""
+        ...
+
+    def counts(self, study: str) -> dict[str, int]:
+        """Return how many tasks of a study are in each state."""
+        ...
+
+    def withdraw(self, study: str) -> None:
+        """Remove the tasks of a study that nobody has begun."""
+        ...
+
+    def discard(self, keys: Sequence[str]) -> None:
+        """Remove tasks that are done."""
+        ...
+
+    def forget(self, study: str, older: float = 0.0) -> None:
+        """Remove the tasks of a study that were done so many seconds ago or more."""
+        ...
+
+
+class Control(Protocol):
+    """Who drives which study, what is wanted of it, what it says, and who works."""
+
+    def submit(self, name: str, home: str) -> None:
+        """Leave a study to whoever drives it first."""
+        ...
+
+    def drive(self, name: str, owner: str, lease: float) -> int:
+        """Take a study to drive it, and return the epoch that proves it; E144 when another process drives it."""
+        ...
+
+    def beat(self, name: str, owner: str, epoch: int, lease: float, phase: str, done: int, total: int) -> str:
+        """Go on driving; return what is wanted: ``run``, ``pause`` or ``cancel``. E523 when it was taken over."""
+        ...
+
+    def leave(self, name: str, owner: str, epoch: int, state: str, reason: str = "") -> None:
+        """End driving, in some state; E523 when it was taken over."""
+        ...
+
+    def drop(self, name: str) -> None:
+        """Remove a study with its links, tasks and log; the values stay."""
+        ...
+
+    def unlink(self, name: str) -> None:
+        """Forget which values belong to a study; the values stay."""
+        ...
+
+    def want(self, name: str, wanted: str) -> None:
+        """Ask that a study runs, pauses or is cancelled: ``run``, ``pause``, ``cancel``."""
+        ...
+
+    def status(self, name: str) -> StudyStatus:
+        """Return what a study is doing, or raise E141."""
+        ...
+
+    def statuses(self) -> list[StudyStatus]:
+        """Return what all studies are doing, newest study first."""
+        ...
+
+    def waiting(self) -> list[str]:
+        """Return the studies that somebody may drive: submitted, or left by their driver."""
+        ...
+
+    def log(self, name: str, kind: str, text: str) -> None:
+        """Write a line into a study's log."""
+        ...
+
+    def lines(self, name: str, after: int = 0, limit: int = 1000) -> list[EventRow]:
+        """Return the lines of a study's log after one, oldest first."""
+        ...
+
+    def hello(self, worker: WorkerRow) -> None:
+        """Say that a worker is there, and what it does."""
+        ...
+
+    def bye(self, name: str) -> None:
+        """Say that a worker has ended."""
+        ...
+
+    def workers(self) -> list[WorkerRow]:
+        """Return the workers that said hello and not bye."""
+        ...
+
+    def clock(self) -> float:
+        """The time of the database, in seconds since 1970."""
         ...
 
 
 class Store(Protocol):
-    """Keeps values under their content key, and which of them belong to a study."""
+    """Keeps values under their content key, and which of them belong to a study.
+
+    ``address`` opens it in another process, if it is ``shared``.
+    """
+
+    @property
+    def queue(self) -> Queue:
+        """Tasks and their leases."""
+        ...
+
+    @property
+    def control(self) -> Control:
+        """Who drives which study."""
+        ...
+
+    @property
+    def address(self) -> str:
+        """Opens the same database in another process; it may hold a password."""
+        ...
+
+    @property
+    def shared(self) -> bool:
+        """Whether another process can open it."""
+        ...
 
     def put(self, kind: str, key: str, body: Mapping[str, Any], volatile: Mapping[str, Any] | None = None) -> None:
         """Keep a value; the same again is fine, another one for the same key is an error (E521).

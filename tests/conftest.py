@@ -9,6 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.postgres import database, server
+
+# Fixtures for all tests.
+__all__ = ["database", "server"]
+
 DATA = Path(__file__).parent / "data"
 
 

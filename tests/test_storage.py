@@ -42,7 +42,8 @@ from mpsearch.storage.files import NETWORK, mount_type
 from mpsearch.storage.place import Place, hide
 from mpsearch.storage.schema import SCHEMA, VERSION_TABLE, metadata
 from mpsearch.storage.store import SqlStore
-from mpsearch.testing.stores import StoreSuite, cell
+from mpsearch.testing.stores import StoreSuite
+from mpsearch.testing.values import cell
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITERS, PUTS, OPENERS, ROUNDS, KILLS = 16, 100, 8, 5, 20
@@ -558,7 +559,8 @@ class ServerError(Exception):
         ("53300", "E607"),
         ("28P01", "E608"),
         ("3D000", "E608"),
-        ("08006", "E608"),
+        ("08006", "E609"),
+        ("57P01", "E609"),
         ("53100", "E701"),
         ("XX000", "E600"),
         ("", "E600"),
@@ -620,7 +622,9 @@ def test_up_down_and_up_again(engine: Engine, path: Path) -> None:
 def test_the_scripts_and_the_tables_of_the_code_are_the_same_to_the_letter(engine: Engine, path: Path) -> None:
     def shape(path: Path) -> dict[str, list[str]]:
         rows = raw(path, f"SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL AND name != '{VERSION_TABLE}'")
-        return {name: sorted(line.strip(" ,\t") for line in sql.splitlines()) for name, sql in rows}
+        # A table that was renamed has its name in quotes.
+        texts = ((name, sql.replace(f'"{name}" (', f"{name} (", 1)) for name, sql in rows)
+        return {name: sorted(line.strip(" ,\t") for line in sql.splitlines()) for name, sql in texts}
 
     with engine.begin() as connection:
         migrate.upgrade(connection)
@@ -711,7 +715,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     with SqlStore(str(path)) as store:
         store.create_study("a", {"seed": 0})
         store.put("plan", "long", {"x": list(range(5000))})
-        with store._writing() as connection:
+        with store.writing() as connection:
             rows = [("plan", str(i), '{"i":"' + "x" * 50 + '"}', None, "") for i in range(200)]
             connection.exec_driver_sql("INSERT INTO value VALUES (?, ?, ?, ?, ?)", rows)
         store.put_cells("s", [cell(f"layer {i}") for i in range(500)])
@@ -842,6 +846,8 @@ def test_the_number_of_statements_does_not_grow(path: Path) -> None:
             lambda: store.link("a", "plan", "k"),
             lambda: store.links("a", "plan"),
         ]
+        assert [len(statements(store, call)) for call in calls] == [2, 2, 2, 2, 3, 2, 3, 3]
+        # A second look, at what is there already.
         assert [len(statements(store, call)) for call in calls] == [3, 2, 3, 2, 3, 2, 3, 3]
 
 
@@ -850,9 +856,10 @@ def test_no_query_reads_a_whole_table(path: Path) -> None:
         store.create_study("a", {})
 
         def work() -> None:
-            store.put("plan", "k", {})
+            for _ in range(2):
+                store.put("plan", "k", {})
+                store.put_cells("s", [cell()])
             store.get_many("plan", ["k", "l"])
-            store.put_cells("s", [cell()])
             store.cells("s")
             store.study("a")
             store.links("a", "plan")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
-from itertools import product
 from typing import Any
 
 from sqlalchemy import BigInteger, Connection, and_, cast, select
@@ -17,54 +16,60 @@ from mpsearch.storage.failures import UnreadableError
 from mpsearch.storage.portable import insert_new, listed
 from mpsearch.storage.schema import cell_table as table
 
-_KEY = ("layer", "format", "batch")
+_KEY = ("scope", "layer", "format", "batch")
 _COMPARED = ("status", "value", "spread")
-_COLUMNS = [table.c[field.name] for field in fields(CellRow)]
-_MAYBE = (float, type(None))
-_TYPES = {(str, str, int, str, value, spread, int, str, float) for value, spread in product(_MAYBE, _MAYBE)}
+_NAMES = [field.name for field in fields(CellRow)]
+_COLUMNS = [table.c[name] for name in _NAMES]
+_TEXT, _NUMBER, _REAL = frozenset([str]), frozenset([int]), frozenset([float])
+_MAYBE = frozenset([float, type(None)])
+_TYPES = (_TEXT, _TEXT, _NUMBER, _TEXT, _MAYBE, _MAYBE, _NUMBER, _TEXT, _REAL)
 
 
 def put(connection: Connection, rows: Sequence[dict[str, Any]]) -> StorageError | None:
-    """Insert the cells of one scope; return the error to raise, after the commit, if one holds other numbers.
+    """Insert cells; return the error to raise, after the commit, if one holds other numbers.
 
     Args:
         connection: inside a transaction.
-        rows: columns made by `checks.cell_values`, all of one scope.
+        rows: columns made by `checks.cell_values`.
     """
     # One order for all writers: on a server two that insert the same keys in two orders would block each other.
     ordered = sorted(rows, key=_key)
-    insert_new(connection, table, ordered)
+    if insert_new(connection, table, ordered):
+        return None
     stored = _stored(connection, ordered)
-    found: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    found: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
     for row in ordered:
         kept, offered = stored[_key(row)], {name: row[name] for name in _COMPARED}
         if kept != offered:
-            found.append((row, kept))
-            text = canonical_json([row["scope"], *_key(row)])
-            conflicts.record(connection, "cell", text, canonical_json(kept), canonical_json(offered))
+            found.append((row, kept, offered))
     if not found:
         return None
-    row, kept = found[0]
+    refused = [
+        ("cell", canonical_json(_key(row)), canonical_json(kept), canonical_json(offered))
+        for row, kept, offered in found
+    ]
+    conflicts.record_all(connection, refused)
+    row, kept, offered = found[0]
     batch = "" if row["batch"] < 0 else f", batch {row['batch']}"
     what = f"cell '{row['layer']}' at {row['format']}{batch} of scope '{row['scope']}'"
-    return conflicts.error(what, kept, {name: row[name] for name in _COMPARED}, more=len(found) - 1)
+    return conflicts.error(what, kept, offered, more=len(found) - 1)
 
 
 def _stored(connection: Connection, rows: Sequence[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, Any]]:
     wanted, key = listed(connection, [_key(row) for row in rows])
     same = and_(
-        table.c.scope == rows[0]["scope"],
-        table.c.layer == key[0].as_string(),
-        table.c.format == key[1].as_string(),
-        table.c.batch == cast(key[2].as_string(), BigInteger),
+        table.c.scope == key[0].as_string(),
+        table.c.layer == key[1].as_string(),
+        table.c.format == key[2].as_string(),
+        table.c.batch == cast(key[3].as_string(), BigInteger),
     )
     columns = [table.c[name] for name in _KEY + _COMPARED]
     found = connection.execute(select(*columns).join_from(wanted, table, same, isouter=True))
-    return {tuple(row[:3]): dict(zip(_COMPARED, row[3:], strict=True)) for row in found}
+    return {tuple(row[:4]): dict(zip(_COMPARED, row[4:], strict=True)) for row in found}
 
 
-def _key(row: dict[str, Any]) -> tuple[str, str, int]:
-    return row["layer"], row["format"], row["batch"]
+def _key(row: dict[str, Any]) -> tuple[str, str, str, int]:
+    return row["scope"], row["layer"], row["format"], row["batch"]
 
 
 def read(connection: Connection, scope: str) -> list[CellRow]:
@@ -73,10 +78,14 @@ def read(connection: Connection, scope: str) -> list[CellRow]:
     Raises:
         UnreadableError: a column holds something that mpsearch never writes.
     """
-    rows: Iterable[Any] = connection.execute(select(*_COLUMNS).where(table.c.scope == scope)).all()
-    for row in rows:
-        # SQLite keeps whatever another program writes, text in a column of numbers included.
-        if tuple(map(type, row)) not in _TYPES:
-            raise UnreadableError(f"the cell of layer {str(row[0])[:80]!a} holds a value of the wrong type")
-    # Databases differ in how they order text; Python does not.
-    return [CellRow(*row) for row in sorted(rows, key=lambda row: tuple(row[:3]))]
+    # The driver's own tuples: this is the one place where a study reads thousands of rows.
+    cursor = connection.execute(select(*_COLUMNS).where(table.c.scope == scope)).cursor
+    rows: list[tuple[Any, ...]] = list(cursor.fetchall()) if cursor is not None else []
+    # SQLite keeps whatever another program writes, text in a column of numbers included.
+    for name, allowed, column in zip(_NAMES, _TYPES, zip(*rows, strict=True), strict=False):
+        if not allowed.issuperset(map(type, column)):
+            wrong = next(row[0] for row, value in zip(rows, column, strict=True) if type(value) not in allowed)
+            raise UnreadableError(f"the {name} of a cell of layer {str(wrong)[:80]!a} is of the wrong type")
+    # Databases differ in how they order text; Python does not. No two rows have the same layer, format and batch.
+    rows.sort()
+    return [CellRow(*row) for row in rows]

@@ -103,11 +103,15 @@ def cell_values(scope: str, row: CellRow) -> dict[str, str | int | float | None]
         "value": None if row.value is None else float(row.value) + 0.0,
         "spread": None if spread is None else float(spread) + 0.0,
         "samples": check_integer("samples", row.samples),
-        "reason": _plain(row.reason),
+        "reason": plain(row.reason),
         "seconds": float(row.seconds) + 0.0,
     }
 
 
-def _plain(text: str) -> str:
-    """Keep a reason, whatever it is: a failure must not fail to be recorded."""
+def plain(text: str) -> str:
+    r"""Return a reason that any database takes, whatever it is: a failure must not fail to be recorded.
+
+    >>> plain("a\0b")
+    'a\ufffdb'
+    """
     return text[:REASON_LENGTH].replace("\0", "\ufffd").encode("utf-8", "replace").decode()

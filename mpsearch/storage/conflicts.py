@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +40,16 @@ class ConflictRow:
 
 def record(connection: Connection, kind: str, key: str, stored: str, offered: str) -> None:
     """Write down a refused value, once."""
-    digest = hashlib.sha256(offered.encode()).hexdigest()
-    row = {"kind": kind, "key": key, "digest": digest, "stored": stored, "offered": offered, "created": now()}
-    insert_new(connection, table, [row])
+    record_all(connection, [(kind, key, stored, offered)])
+
+
+def record_all(connection: Connection, refused: Sequence[tuple[str, str, str, str]]) -> None:
+    """Write down refused values, each once: (kind, key, stored, offered)."""
+    moment = now()
+    names = ("kind", "key", "stored", "offered", "digest", "created")
+    digests = [hashlib.sha256(offered.encode()).hexdigest() for *_, offered in refused]
+    rows = [dict(zip(names, (*row, digest, moment), strict=True)) for row, digest in zip(refused, digests, strict=True)]
+    insert_new(connection, table, rows)
 
 
 def read(connection: Connection) -> list[ConflictRow]:

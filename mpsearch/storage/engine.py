@@ -11,11 +11,10 @@ from typing import Any
 from urllib.parse import quote
 
 from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.engine import URL
 from sqlalchemy.pool import NullPool, QueuePool
 
-from mpsearch.errors import ResourceError
 from mpsearch.storage.place import Place
+from mpsearch.storage.server import server_engine
 
 #: Execution option: the statement that opens a transaction of an SQLite connection.
 BEGIN = "mpsearch_begin"
@@ -35,7 +34,7 @@ def make_engine(place: Place, *, busy_timeout: float, read_only: bool) -> Engine
         ResourceError: the driver is not installed (E703).
     """
     if place.server is not None:
-        return _server_engine(place.server, busy_timeout)
+        return server_engine(place, place.server, busy_timeout)
     if place.path is None:
         # The one connection is the database; it must neither be doubled nor closed.
         pool = {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0, "pool_timeout": busy_timeout}
@@ -113,25 +112,3 @@ def _use_wal(connection: sqlite3.Connection, deadline: float) -> None:
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
             time.sleep(0.005)
-
-
-def _server_engine(url: URL, busy_timeout: float) -> Engine:
-    wait = max(1, round(busy_timeout * 1000))
-    arguments: dict[str, object] = {"connect_timeout": 10, "keepalives_idle": 30, "keepalives_interval": 10}
-    if "options" not in url.query:
-        arguments["options"] = f"-c lock_timeout={wait} -c idle_in_transaction_session_timeout=60000"
-    try:
-        return create_engine(
-            url,
-            # A server has a hundred connections or so, and there may be as many workers.
-            pool_size=1,
-            max_overflow=0,
-            pool_timeout=busy_timeout,
-            pool_pre_ping=True,
-            hide_parameters=True,
-            connect_args=arguments,
-        )
-    except ModuleNotFoundError as error:
-        raise ResourceError(
-            "E703", "a postgresql:// address needs the package 'psycopg'", advice="pip install 'psycopg[binary]'"
-        ) from error

@@ -25,7 +25,8 @@ def translated(place: Place) -> Iterator[None]:
     """Turn what a driver raises inside the block into one of our errors.
 
     Raises:
-        StorageError: locked (E601), damaged (E603), too many connections (E607), no log-in (E608), other (E600).
+        StorageError: locked (E601), damaged (E603), too many connections (E607), no log-in (E608), the
+            connection was lost (E609), other (E600).
         ResourceError: the disk is full or cannot be written (E701).
     """
     started = time.monotonic()
@@ -49,7 +50,7 @@ def _error(error: Exception, place: Place, waited: float) -> MpsearchError:
         return _locked(place, waited)
     if isinstance(driver, sqlite3.Error):
         return _from_sqlite(driver, place, waited)
-    return _from_server(driver, place, waited)
+    return _from_server(driver, place, waited, gone=bool(getattr(error, "connection_invalidated", False)))
 
 
 def _from_sqlite(driver: sqlite3.Error, place: Place, waited: float) -> MpsearchError:
@@ -77,13 +78,24 @@ def _from_sqlite(driver: sqlite3.Error, place: Place, waited: float) -> Mpsearch
     return _unknown(driver, place)
 
 
-def _from_server(driver: BaseException, place: Place, waited: float) -> MpsearchError:
+def _from_server(driver: BaseException, place: Place, waited: float, gone: bool) -> MpsearchError:
     state = getattr(driver, "sqlstate", None) or ""
     if state in ("55P03", "57014", "40P01"):
         return _locked(place, waited)
     if state == "53300":
-        return StorageError("E607", f"{place.shown} has no free connection", advice="use fewer workers")
-    if state[:2] in ("28", "3D", "08") or (not state and type(driver).__name__ == "OperationalError"):
+        return StorageError(
+            "E607",
+            f"{place.shown} has no free connection",
+            advice="use fewer workers, end other programs, or raise max_connections in the server's postgresql.conf",
+        )
+    if gone or state[:2] == "08" or state in ("57P01", "57P02", "57P03"):
+        return StorageError(
+            "E609",
+            f"the connection to {place.shown} was lost",
+            because=_one_line(driver, place),
+            advice="nothing that was stored is lost; see that the server runs, and run the same command again",
+        )
+    if state[:2] in ("28", "3D") or (not state and type(driver).__name__ == "OperationalError"):
         return StorageError(
             "E608",
             f"cannot log in to {place.shown}",

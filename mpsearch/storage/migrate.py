@@ -5,11 +5,13 @@ This is the only file that imports Alembic, and a database that is up to date ne
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, func, select
+from sqlalchemy import Connection, Engine, func, select, text
 
 from mpsearch.storage.engine import BEGIN
 from mpsearch.storage.schema import SCHEMA, newer, schema_version
@@ -30,9 +32,7 @@ def migrate(engine: Engine, name: str) -> None:
     Raises:
         StorageError: the schema is newer than this code (E605), or not ours (E603).
     """
-    with engine.connect().execution_options(**{BEGIN: "BEGIN EXCLUSIVE"}) as connection, connection.begin():
-        if connection.dialect.name == "postgresql":
-            connection.execute(select(func.pg_advisory_xact_lock(_SERVER_LOCK)))
+    with engine.connect().execution_options(**{BEGIN: "BEGIN EXCLUSIVE"}) as connection, alone(connection):
         found = schema_version(connection, name)
         if found > SCHEMA:
             raise newer(name, found)
@@ -40,6 +40,28 @@ def migrate(engine: Engine, name: str) -> None:
             upgrade(connection)
             if schema_version(connection, name) != SCHEMA:
                 raise AssertionError("the migration scripts do not lead to the schema of this version")
+
+
+@contextmanager
+def alone(connection: Connection) -> Iterator[None]:
+    """A transaction that no other migration runs beside."""
+    if connection.dialect.name == "postgresql":
+        with connection.begin():
+            connection.execute(select(func.pg_advisory_xact_lock(_SERVER_LOCK)))
+            # A large table takes longer than any statement of a worker may.
+            connection.execute(text("SET LOCAL statement_timeout = 0"))
+            yield
+        return
+    # A table that is made anew is dropped on the way, which would take the rows that refer to it along. The switch
+    # does nothing inside a transaction.
+    driver = connection.connection.driver_connection
+    assert driver is not None
+    driver.execute("PRAGMA foreign_keys=OFF")
+    try:
+        with connection.begin():
+            yield
+    finally:
+        driver.execute("PRAGMA foreign_keys=ON")
 
 
 def upgrade(connection: Connection, revision: str = "head") -> None:

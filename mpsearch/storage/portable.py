@@ -7,19 +7,23 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import JSON, Connection, FromClause, Table, column, func, literal
+from sqlalchemy import JSON, ColumnElement, Connection, Double, FromClause, Table, column, func, literal
 
 
-def insert_new(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Insert the rows whose key is not there yet; leave the others as they are."""
-    dialect = importlib.import_module(f"sqlalchemy.dialects.{connection.dialect.name}")
-    connection.execute(dialect.insert(table).on_conflict_do_nothing(), [dict(row) for row in rows])
+def insert(connection: Connection, table: Table) -> Any:
+    """Return the database's own kind of INSERT, which knows ON CONFLICT."""
+    return importlib.import_module(f"sqlalchemy.dialects.{connection.dialect.name}").insert(table)
+
+
+def insert_new(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Insert the rows whose key is not there yet, leave the others as they are; say whether all were new."""
+    statement = insert(connection, table).on_conflict_do_nothing().execution_options(preserve_rowcount=True)
+    return connection.execute(statement, [dict(row) for row in rows]).rowcount == len(rows)
 
 
 def insert_or_set(connection: Connection, table: Table, row: Mapping[str, Any], column: str) -> None:
     """Insert a row, or set one column of the row that has its key."""
-    dialect = importlib.import_module(f"sqlalchemy.dialects.{connection.dialect.name}")
-    statement = dialect.insert(table).values(**row)
+    statement = insert(connection, table).values(**row)
     keys = [key.name for key in table.primary_key.columns]
     connection.execute(statement.on_conflict_do_update(index_elements=keys, set_={column: row[column]}))
 
@@ -39,3 +43,11 @@ def listed(connection: Connection, rows: Sequence[Sequence[str | int]]) -> tuple
 def now() -> str:
     """The time in UTC as ISO 8601 of fixed width, so that text sorts as time."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def clock(connection: Connection) -> ColumnElement[float]:
+    """The time of the database, in seconds since 1970: one clock for all who hold leases."""
+    if connection.dialect.name == "postgresql":
+        # Of this statement, not of its transaction; and not of this very moment, by which no index can be searched.
+        return func.date_part("epoch", func.statement_timestamp(), type_=Double)
+    return (func.julianday("now", type_=Double) - 2440587.5) * 86400.0

@@ -9,6 +9,7 @@ from sqlalchemy import (
     Connection,
     Double,
     ForeignKey,
+    Index,
     Integer,
     MetaData,
     String,
@@ -17,6 +18,7 @@ from sqlalchemy import (
     UniqueConstraint,
     inspect,
     select,
+    text,
 )
 
 from mpsearch.errors import StorageError
@@ -24,9 +26,13 @@ from mpsearch.errors import StorageError
 #: How a cell came to be; only ``ok`` cells hold a value.
 CELL_STATUSES = ("ok", "non_finite", "not_offered", "not_observed", "failed")
 #: Where a study stands; ``gaps`` is done but for cells that could not be measured.
-STUDY_STATES = ("new", "running", "complete", "gaps", "failed", "paused")
+STUDY_STATES = ("new", "submitted", "running", "complete", "gaps", "failed", "paused", "cancelled")
+#: What the user wants of a study.
+WANTED = ("run", "pause", "cancel")
+#: Where a task stands; ``dead`` has killed too many workers.
+TASK_STATES = ("ready", "leased", "done", "failed", "dead")
 #: The newest schema that this code reads and writes: the number of the last file in ``migrations/versions``.
-SCHEMA = 1
+SCHEMA = 2
 #: A name of our own: other programs that use Alembic keep their version in ``alembic_version``.
 VERSION_TABLE = "mpsearch_schema"
 
@@ -40,6 +46,8 @@ metadata = MetaData(
 )
 # SQLite numbers rows by itself only in a column of the type INTEGER.
 _Number = BigInteger().with_variant(Integer(), "sqlite")
+
+_EMPTY = text("''")
 
 # JSON is kept as text: equality of two values is equality of their canonical text, in every database.
 value_table = Table(
@@ -81,8 +89,19 @@ study_table = Table(
     Column("state", String(20), nullable=False),
     Column("created", String(32), nullable=False),
     Column("updated", String(32), nullable=False),
+    # The process that drives the study: a lease like that of a task, by the clock of the database.
+    Column("driver", String(400), nullable=False, server_default=_EMPTY),
+    Column("driver_epoch", BigInteger, nullable=False, server_default="0"),
+    Column("driver_until", Double),
+    Column("wanted", String(10), nullable=False, server_default="run"),
+    Column("phase", String(200), nullable=False, server_default=_EMPTY),
+    Column("done", BigInteger, nullable=False, server_default="0"),
+    Column("total", BigInteger, nullable=False, server_default="0"),
+    Column("reason", Text, nullable=False, server_default=_EMPTY),
+    Column("home", String(300), nullable=False, server_default=_EMPTY),
     UniqueConstraint("name"),
     CheckConstraint(f"state IN ({', '.join(map(repr, STUDY_STATES))})", name="state"),
+    CheckConstraint(f"wanted IN ({', '.join(map(repr, WANTED))})", name="wanted"),
 )
 
 # The label is part of the key: two budgets may have the same plan for an answer.
@@ -108,6 +127,54 @@ conflict_table = Table(
     Column("offered", Text, nullable=False),
     Column("created", String(32), nullable=False),
     UniqueConstraint("kind", "key", "digest"),
+)
+
+# The key is that of the value which the task will give, so two studies that need one value have one task.
+task_table = Table(
+    "task",
+    metadata,
+    Column("key", String(64), primary_key=True),
+    Column("study", _Number, ForeignKey("study.id", ondelete="CASCADE"), nullable=False),
+    Column("setup", String(64), nullable=False),
+    Column("kind", String(20), nullable=False),
+    Column("body", Text, nullable=False),
+    Column("position", BigInteger, nullable=False),
+    Column("state", String(10), nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("until", Double),
+    Column("worker", String(400), nullable=False),
+    Column("deaths", BigInteger, nullable=False),
+    Column("attempts", BigInteger, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("seconds", Double, nullable=False),
+    Column("updated", Double, nullable=False),
+    CheckConstraint(f"state IN ({', '.join(map(repr, TASK_STATES))})", name="state"),
+    # The first finds the next task of a study, the second the leases that have lapsed.
+    Index("ix_task_next", "study", "state", "position", "key"),
+    Index("ix_task_until", "state", "until"),
+)
+
+worker_table = Table(
+    "worker",
+    metadata,
+    Column("name", String(400), primary_key=True),
+    Column("host", String(300), nullable=False),
+    Column("pid", BigInteger, nullable=False),
+    Column("started", Double, nullable=False),
+    Column("seen", Double, nullable=False),
+    Column("doing", String(300), nullable=False),
+    Column("info", Text, nullable=False),
+)
+
+event_table = Table(
+    "event",
+    metadata,
+    Column("id", _Number, primary_key=True),
+    Column("study", _Number, ForeignKey("study.id", ondelete="CASCADE"), nullable=False),
+    Column("time", Double, nullable=False),
+    Column("kind", String(20), nullable=False),
+    Column("text", Text, nullable=False),
+    Index("ix_event_study", "study", "id"),
 )
 
 _version_table = Table(VERSION_TABLE, MetaData(), Column("version_num", String(32), primary_key=True))

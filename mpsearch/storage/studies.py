@@ -52,7 +52,7 @@ def read(connection: Connection, name: str, place: str) -> StudyRow:
     """
     row = connection.execute(select(*_COLUMNS).where(study_table.c.name == name)).one_or_none()
     if row is None:
-        raise _no_study(connection, name, place)
+        raise missing(connection, name, place)
     return _study(row)
 
 
@@ -70,7 +70,7 @@ def set_state(connection: Connection, name: str, state: str, place: str) -> None
     """
     change = update(study_table).where(study_table.c.name == name).values(state=state, updated=now())
     if connection.execute(change).rowcount == 0:
-        raise _no_study(connection, name, place)
+        raise missing(connection, name, place)
 
 
 def link(connection: Connection, study: str, kind: str, row: LinkRow, place: str) -> None:
@@ -80,7 +80,7 @@ def link(connection: Connection, study: str, kind: str, row: LinkRow, place: str
         StorageError: no such study (E141).
     """
     values = {"kind": kind, "key": row.key, "label": row.label, "position": row.position}
-    insert_or_set(connection, link_table, {"study": _number(connection, study, place)} | values, "position")
+    insert_or_set(connection, link_table, {"study": number(connection, study, place)} | values, "position")
 
 
 def links(connection: Connection, study: str, kind: str, place: str) -> list[LinkRow]:
@@ -90,9 +90,9 @@ def links(connection: Connection, study: str, kind: str, place: str) -> list[Lin
         StorageError: no such study (E141).
     """
     columns = link_table.c
-    number = _number(connection, study, place)
+    own = number(connection, study, place)
     rows = connection.execute(
-        select(columns.key, columns.label, columns.position).where(columns.study == number, columns.kind == kind)
+        select(columns.key, columns.label, columns.position).where(columns.study == own, columns.kind == kind)
     ).all()
     return sorted((LinkRow(*row) for row in rows), key=lambda row: (row.position, row.key, row.label))
 
@@ -102,14 +102,20 @@ def _study(row: Any) -> StudyRow:
     return StudyRow(name, decode(spec), key, state, created, updated)
 
 
-def _number(connection: Connection, name: str, place: str) -> int:
-    number = connection.execute(select(study_table.c.id).where(study_table.c.name == name)).scalar_one_or_none()
-    if number is None:
-        raise _no_study(connection, name, place)
-    return int(number)
+def number(connection: Connection, name: str, place: str) -> int:
+    """Return the number under which other tables know a study.
+
+    Raises:
+        StorageError: no such study (E141).
+    """
+    found = connection.execute(select(study_table.c.id).where(study_table.c.name == name)).scalar_one_or_none()
+    if found is None:
+        raise missing(connection, name, place)
+    return int(found)
 
 
-def _no_study(connection: Connection, name: str, place: str) -> StorageError:
+def missing(connection: Connection, name: str, place: str) -> StorageError:
+    """The error for a study that is not there; it names those that are."""
     known = [shown(str(other)) for other in connection.execute(select(study_table.c.name)).scalars()]
     listed = ", ".join(sorted(known)[:_NAMES_SHOWN])
     more = f" and {len(known) - _NAMES_SHOWN} more" if len(known) > _NAMES_SHOWN else ""

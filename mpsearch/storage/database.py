@@ -1,0 +1,165 @@
+"""A results database that is open: its connections, and transactions on them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from types import TracebackType
+from typing import ParamSpec, Self, TypeVar
+
+from sqlalchemy import Connection, Engine
+
+from mpsearch.errors import ResourceError, StorageError
+from mpsearch.storage.engine import READING, looking_engine, make_engine
+from mpsearch.storage.failures import translated
+from mpsearch.storage.files import prepare
+from mpsearch.storage.place import Place
+from mpsearch.storage.schema import SCHEMA, newer, schema_version
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+#: How often a call is made whose connection is lost each time.
+_TRIES = 3
+
+
+def again(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Do a call anew whose connection was lost on the way; all calls may be made twice.
+
+    A new connection waits for the server to come back; see `mpsearch.storage.server`.
+    """
+
+    @wraps(method)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        for _ in range(_TRIES - 1):
+            try:
+                return method(*args, **kwargs)
+            except StorageError as error:
+                if error.code != "E609":
+                    raise
+        return method(*args, **kwargs)
+
+    return call
+
+
+class Database:
+    """Opens a database, brings it to the newest schema, and gives out transactions.
+
+    Args and errors are those of `mpsearch.storage.store.SqlStore`.
+    """
+
+    def __init__(self, url: str, create: bool = True, read_only: bool = False, busy_timeout: float = 60.0) -> None:
+        self.place = Place.of(url)
+        self._read_only = read_only
+        self._busy_timeout = busy_timeout
+        self._closed = False
+        self._process = os.getpid()
+        self._inherited: list[object] = []
+        if self.place.path is not None:
+            prepare(self.place.path, self.place.name, create=create and not read_only)
+        self._engine = make_engine(self.place, busy_timeout=busy_timeout, read_only=read_only)
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        found = self._version()
+        if found > SCHEMA:
+            raise newer(self.place.name, found)
+        if found == SCHEMA:
+            return
+        if self._read_only:
+            what = f"has schema {found}, this version of mpsearch reads {SCHEMA}" if found else "is empty"
+            raise StorageError("E605", f"'{self.place.name}' {what}", advice="open it for writing once")
+        # Alembic takes as long to load as everything else, and is not needed again.
+        from mpsearch.storage.migrate import migrate
+
+        with translated(self.place):
+            migrate(self._engine, self.place.name)
+
+    def _version(self) -> int:
+        path = self.place.path
+        if path is None:
+            with translated(self.place), self._engine.connect() as connection:
+                return schema_version(connection, self.place.name)
+        for _ in range(2):
+            try:
+                return self._look(path)
+            except StorageError as error:
+                if error.code != "E603":
+                    raise
+                # A look takes no lock, and may meet another process that is just making the database.
+                time.sleep(0.05)
+        return self._look(path)
+
+    def _look(self, path: Path) -> int:
+        engine = looking_engine(path, self._busy_timeout)
+        try:
+            with translated(self.place), engine.connect().execution_options(**READING) as connection:
+                return schema_version(connection, self.place.name)
+        finally:
+            engine.dispose()
+
+    def close(self) -> None:
+        """Close the connections; calling it again does nothing."""
+        if not self._closed:
+            self._engine_here().dispose()
+            self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"SqlStore({self.place.shown!r})"
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is an SQLite file, where one writes at a time."""
+        return self.place.path is not None
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes can open it."""
+        return self.is_file or self.place.server is not None
+
+    @property
+    def address(self) -> str:
+        """The address by which other processes open it, in any folder; it may hold a password, so it is not shown."""
+        if self.place.server is not None:
+            return self.place.server.render_as_string(hide_password=False)
+        return f"sqlite:///{self.place.path}" if self.is_file else "sqlite://"
+
+    def _engine_here(self) -> Engine:
+        if self._closed:
+            raise ValueError(f"{self!r} is closed")
+        if os.getpid() != self._process:
+            # The parent goes on using these connections. They are kept, because Python would close what nobody
+            # holds, and SQLite must not close in one process what it opened in another.
+            self._inherited.append(self._engine.pool)
+            self._engine.dispose(close=False)
+            self._process = os.getpid()
+        return self._engine
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """One short transaction that writes; an error inside undoes all of it."""
+        if self._read_only:
+            raise ResourceError("E701", f"'{self.place.name}' was opened for reading only")
+        with translated(self.place), self._engine_here().begin() as connection:
+            yield connection
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """One short transaction that reads."""
+        with translated(self.place), self._engine_here().connect().execution_options(**READING) as connection:
+            yield connection

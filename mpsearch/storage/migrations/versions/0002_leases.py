@@ -1,0 +1,135 @@
+"""Tasks with leases, drivers of studies, workers and log lines."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+branch_labels = None
+depends_on = None
+
+_OLD = "state IN ('new', 'running', 'complete', 'gaps', 'failed', 'paused')"
+_NEW = "state IN ('new', 'submitted', 'running', 'complete', 'gaps', 'failed', 'paused', 'cancelled')"
+_WANTED = "wanted IN ('run', 'pause', 'cancel')"
+_KEPT = "id, name, spec, key, state, created, updated"
+
+
+def _number() -> sa.types.TypeEngine[int]:
+    return sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
+
+def _old_columns() -> list[sa.schema.SchemaItem]:
+    return [
+        sa.Column("id", _number(), nullable=False),
+        sa.Column("name", sa.String(200), nullable=False),
+        sa.Column("spec", sa.Text, nullable=False),
+        sa.Column("key", sa.String(64), nullable=False),
+        sa.Column("state", sa.String(20), nullable=False),
+        sa.Column("created", sa.String(32), nullable=False),
+        sa.Column("updated", sa.String(32), nullable=False),
+    ]
+
+
+def _new_columns() -> list[sa.Column[object]]:
+    return [
+        sa.Column("driver", sa.String(400), nullable=False, server_default=sa.text("''")),
+        sa.Column("driver_epoch", sa.BigInteger, nullable=False, server_default="0"),
+        sa.Column("driver_until", sa.Double),
+        sa.Column("wanted", sa.String(10), nullable=False, server_default="run"),
+        sa.Column("phase", sa.String(200), nullable=False, server_default=sa.text("''")),
+        sa.Column("done", sa.BigInteger, nullable=False, server_default="0"),
+        sa.Column("total", sa.BigInteger, nullable=False, server_default="0"),
+        sa.Column("reason", sa.Text, nullable=False, server_default=sa.text("''")),
+        sa.Column("home", sa.String(300), nullable=False, server_default=sa.text("''")),
+    ]
+
+
+def _rebuild(columns: list[sa.schema.SchemaItem], *checks: sa.schema.SchemaItem) -> None:
+    """Make SQLite's table of studies anew, because SQLite changes no check in place; links must not be enforced now."""
+    keys = (sa.PrimaryKeyConstraint("id", name="pk_study"), sa.UniqueConstraint("name", name="uq_study"))
+    op.create_table("study_anew", *columns, *keys, *checks)
+    op.execute(f"INSERT INTO study_anew ({_KEPT}) SELECT {_KEPT} FROM study")
+    op.drop_table("study")
+    op.rename_table("study_anew", "study")
+
+
+def upgrade() -> None:
+    """Make the tables and the columns."""
+    if op.get_bind().dialect.name == "sqlite":
+        checks = (
+            sa.CheckConstraint(_NEW, name="ck_study_state"),
+            sa.CheckConstraint(_WANTED, name="ck_study_wanted"),
+        )
+        _rebuild([*_old_columns(), *_new_columns()], *checks)
+    else:
+        for column in _new_columns():
+            op.add_column("study", column)
+        op.drop_constraint("ck_study_state", "study")
+        op.create_check_constraint("ck_study_state", "study", _NEW)
+        op.create_check_constraint("ck_study_wanted", "study", _WANTED)
+    _make_task()
+    op.create_table(
+        "worker",
+        sa.Column("name", sa.String(400), nullable=False),
+        sa.Column("host", sa.String(300), nullable=False),
+        sa.Column("pid", sa.BigInteger, nullable=False),
+        sa.Column("started", sa.Double, nullable=False),
+        sa.Column("seen", sa.Double, nullable=False),
+        sa.Column("doing", sa.String(300), nullable=False),
+        sa.Column("info", sa.Text, nullable=False),
+        sa.PrimaryKeyConstraint("name", name="pk_worker"),
+    )
+    op.create_table(
+        "event",
+        sa.Column("id", _number(), nullable=False),
+        sa.Column("study", _number(), nullable=False),
+        sa.Column("time", sa.Double, nullable=False),
+        sa.Column("kind", sa.String(20), nullable=False),
+        sa.Column("text", sa.Text, nullable=False),
+        sa.PrimaryKeyConstraint("id", name="pk_event"),
+        sa.ForeignKeyConstraint(["study"], ["study.id"], name="fk_event_study", ondelete="CASCADE"),
+    )
+    op.create_index("ix_event_study", "event", ["study", "id"])
+
+
+def _make_task() -> None:
+    op.create_table(
+        "task",
+        sa.Column("key", sa.String(64), nullable=False),
+        sa.Column("study", _number(), nullable=False),
+        sa.Column("setup", sa.String(64), nullable=False),
+        sa.Column("kind", sa.String(20), nullable=False),
+        sa.Column("body", sa.Text, nullable=False),
+        sa.Column("position", sa.BigInteger, nullable=False),
+        sa.Column("state", sa.String(10), nullable=False),
+        sa.Column("epoch", sa.BigInteger, nullable=False),
+        sa.Column("until", sa.Double),
+        sa.Column("worker", sa.String(400), nullable=False),
+        sa.Column("deaths", sa.BigInteger, nullable=False),
+        sa.Column("attempts", sa.BigInteger, nullable=False),
+        sa.Column("reason", sa.Text, nullable=False),
+        sa.Column("seconds", sa.Double, nullable=False),
+        sa.Column("updated", sa.Double, nullable=False),
+        sa.PrimaryKeyConstraint("key", name="pk_task"),
+        sa.ForeignKeyConstraint(["study"], ["study.id"], name="fk_task_study", ondelete="CASCADE"),
+        sa.CheckConstraint("state IN ('ready', 'leased', 'done', 'failed', 'dead')", name="ck_task_state"),
+    )
+    op.create_index("ix_task_next", "task", ["study", "state", "position", "key"])
+    op.create_index("ix_task_until", "task", ["state", "until"])
+
+
+def downgrade() -> None:
+    """Drop them; a study that an older version does not know becomes ``paused``."""
+    for table in ("event", "worker", "task"):
+        op.drop_table(table)
+    op.execute("UPDATE study SET state = 'paused' WHERE state IN ('submitted', 'cancelled')")
+    if op.get_bind().dialect.name == "sqlite":
+        _rebuild(_old_columns(), sa.CheckConstraint(_OLD, name="ck_study_state"))
+        return
+    op.drop_constraint("ck_study_wanted", "study")
+    op.drop_constraint("ck_study_state", "study")
+    for column in _new_columns():
+        op.drop_column("study", column.name)
+    op.create_check_constraint("ck_study_state", "study", _OLD)

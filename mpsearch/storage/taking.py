@@ -1,0 +1,122 @@
+"""Which task a worker gets next, and what becomes of leases that have lapsed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Select, and_, case, exists, or_, select, true, update
+
+from mpsearch.keys import canonical_json
+from mpsearch.records import PRIVATE, ClaimArgs, LeasedTask
+from mpsearch.storage.portable import clock
+from mpsearch.storage.schema import study_table, task_table
+from mpsearch.storage.text import decode
+
+#: A task that ended this many workers is given up.
+DEATHS = 3
+_LAPSED = "its worker gave no sign of life"
+#: Leases made free in one go.
+_SWEEP = 100
+
+
+def driven(connection: Connection) -> ColumnElement[bool]:
+    """Whether somebody drives a study, and it is wanted to run."""
+    return and_(study_table.c.driver_until > clock(connection), study_table.c.wanted == "run")
+
+
+def freed(connection: Connection, reason: str) -> dict[str, Any]:
+    """The columns of a task whose worker has died of it, perhaps."""
+    last = task_table.c.deaths + 1 >= DEATHS
+    return {
+        "state": case((last, "dead"), else_="ready"),
+        "deaths": task_table.c.deaths + 1,
+        "until": None,
+        "reason": canonical_json({"code": "E522", "message": reason}),
+        "updated": clock(connection),
+    }
+
+
+def _lapsed(connection: Connection) -> ColumnElement[bool]:
+    return and_(task_table.c.state == "leased", task_table.c.until < clock(connection))
+
+
+def reap(connection: Connection) -> None:
+    """Make tasks ready whose lease has lapsed, or give them up."""
+    found = select(task_table.c.key).where(_lapsed(connection)).limit(_SWEEP)
+    if connection.dialect.name == "postgresql":
+        found = found.with_for_update(skip_locked=True)
+    connection.execute(update(task_table).where(task_table.c.key.in_(found)).values(freed(connection, _LAPSED)))
+
+
+def is_any(connection: Connection, wish: ClaimArgs) -> bool:
+    """Whether a task is ready, or a lease has lapsed."""
+    ready = _first(connection, wish).subquery()
+    some = or_(exists(select(ready.c.key)), exists().where(_lapsed(connection)))
+    return bool(connection.execute(select(some)).scalar_one())
+
+
+def take(connection: Connection, wish: ClaimArgs) -> LeasedTask | None:
+    """Lease the first task that is ready."""
+    row = connection.execute(_first(connection, wish)).one_or_none()
+    if row is None:
+        return None
+    columns = task_table.c
+    change = {
+        "state": "leased",
+        "epoch": row.epoch + 1,
+        "attempts": row.attempts + 1,
+        "worker": wish.worker,
+        "until": clock(connection) + wish.lease,
+    }
+    until = connection.execute(
+        update(task_table).where(columns.key == row.key).values(change).returning(columns.until)
+    ).scalar_one()
+    return LeasedTask(
+        key=row.key,
+        study=row.study,
+        setup=row.setup,
+        kind=row.kind,
+        body=decode(row.body),
+        epoch=row.epoch + 1,
+        until=until,
+        worker=wish.worker,
+        deaths=row.deaths,
+        attempts=row.attempts + 1,
+    )
+
+
+def _first(connection: Connection, wish: ClaimArgs) -> Select[Any]:
+    """The first task of each study, and of those the first.
+
+    An index leads to the first one of a study, however many there are; the studies that are driven are few.
+    """
+    task = task_table.alias("next")
+    of_study = and_(task.c.study == study_table.c.id, task.c.state == "ready")
+    if wish.setups is not None:
+        of_study = and_(of_study, task.c.setup.in_(list(wish.setups)))
+    else:
+        of_study = and_(of_study, task.c.setup.not_like(f"{PRIVATE}%"))
+    if wish.skip:
+        of_study = and_(of_study, task.c.setup.not_in(list(wish.skip)))
+    driving = driven(connection)
+    if not wish.any_study:
+        driving = and_(driving, study_table.c.name == wish.study)
+    order = (task.c.position, task.c.key)
+    if connection.dialect.name == "postgresql":
+        # Each study's task is held until the end of the transaction, and others take the one after it meanwhile.
+        first = select(task).where(of_study).order_by(*order).limit(1).with_for_update(skip_locked=True)
+        found = first.correlate(study_table).lateral("first")
+        source, chosen = study_table.join(found, true()), found.c
+    else:
+        first = select(task.c.key).where(of_study).order_by(*order).limit(1)
+        same = task_table.c.key == first.correlate(study_table).scalar_subquery()
+        source, chosen = study_table.join(task_table, same), task_table.c
+    names = ("key", "setup", "kind", "body", "epoch", "deaths", "attempts")
+    columns = [chosen[name] for name in names]
+    return (
+        select(*columns, study_table.c.name.label("study"))
+        .select_from(source)
+        .where(driving)
+        .order_by(chosen.position, chosen.key)
+        .limit(1)
+    )
