@@ -1,0 +1,1 @@
+"""Studies in one file that can be sent: see `mpsearch.bundles.sharing`."""
