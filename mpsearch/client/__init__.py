@@ -1,0 +1,1 @@
+"""A results database that another process serves: the same studies, over HTTP."""
