@@ -28,6 +28,8 @@ _UNITS: dict[str, tuple[str, ...]] = {
     "ttft": ("%", *_SECONDS), "tpot": ("%", *_SECONDS), "latency": ("%", *_SECONDS), "traffic": ("%", *_BYTES),
     "energy": tuple(_JOULES),
 }  # fmt: skip
+#: Most digits of an amount, written out.
+_DIGITS = 300
 #: Resources whose cost is how long a pass takes.
 TIMED = ("ttft", "tpot", "latency")
 _PATTERN = re.compile(
@@ -83,7 +85,7 @@ class Budget:
                 advice=f"resources: {', '.join(_UNITS)}",
             )
         try:
-            amount = Fraction(match["amount"])
+            amount = _fraction(match["amount"])
         except (ValueError, ZeroDivisionError):
             raise InputError(
                 "E111", f"budget: got '{match['amount']}', expected a number", where=text, advice=_HELP
@@ -138,6 +140,14 @@ class Budget:
         if cost.unit == "s":
             return float(exact / Fraction(cost.source.get("margin", 1.0)))
         return float(exact) if cost.unit == "J" else math.floor(exact)
+
+
+def _fraction(text: str) -> Fraction:
+    # Written out, 1e99999999 would have a hundred million digits.
+    exponent = text.lower().partition("e")[2]
+    if len(text) > _DIGITS or (exponent and abs(int(exponent)) > _DIGITS):
+        raise ValueError("too many digits")
+    return Fraction(text)
 
 
 def units(resource: str) -> tuple[str, ...]:

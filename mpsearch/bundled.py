@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mpsearch.errors import InputError
+from mpsearch.files import located
 
 #: How the model is named where a folder is asked for.
 BUNDLED = "bundled:tiny-llama"
@@ -30,4 +31,4 @@ def resolve_model(source: str, base: Path) -> str:
         return str(bundled_model())
     if source.startswith(PREFIX):
         raise InputError("E101", f"model '{source}' is not bundled; did you mean '{BUNDLED}'?")
-    return str((base / Path(source).expanduser()).resolve())
+    return str(located(source, base))

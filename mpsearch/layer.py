@@ -20,6 +20,8 @@ DTYPE_BITS: Mapping[str, int] = {
 
 
 Span = tuple[int, int]
+#: Most axes that a tensor of a file may have.
+_AXES = 64
 _PART = re.compile(r"\[(?:\d+:\d+|:,\d+:\d+|\d+:\d+,\d+:\d+)\]$")
 
 
@@ -210,27 +212,45 @@ class Layer:
         return cls(
             name=str(data["name"]),
             kind=str(data["kind"]),
-            shape=tuple(int(n) for n in data["shape"]),
-            out_axis=int(data["out_axis"]),
+            shape=_shape(data["shape"], 1),
+            out_axis=_axis(data["out_axis"], data["shape"]),
             dtype=_known_dtype(data["dtype"]),
-            macs=int(data["macs"]),
+            macs=_count(data["macs"], 0),
             tie=str(data["tie"]),
             shared=tuple(str(name) for name in data["shared"]),
-            groups=int(data.get("groups", 1)),
-            window=int(data.get("window", 0)),
+            groups=_count(data.get("groups", 1), 1),
+            window=_count(data.get("window", 0), 0),
             channels=_span(data.get("channels")),
             inputs=_span(data.get("inputs")),
             of=str(data.get("of", "")),
-            of_shape=tuple(int(n) for n in data.get("of_shape", ())),
-            of_axis=int(data.get("of_axis", 0)),
+            of_shape=_shape(data["of_shape"], 1) if data.get("of_shape") else (),
+            of_axis=_axis(data.get("of_axis", 0), data.get("of_shape") or (1,)),
         )
 
 
 def _span(data: Sequence[Any] | None) -> Span | None:
     if data is None:
         return None
-    first, last = data
-    return int(first), int(last)
+    first, last = (_count(end, 0) for end in data)
+    return first, last
+
+
+def _count(value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
+        raise ValueError(f"{str(value)[:40]!r} is no whole number from {least}")
+    return value
+
+
+def _shape(value: Any, least: int) -> tuple[int, ...]:
+    if not isinstance(value, (list, tuple)) or len(value) > _AXES:
+        raise ValueError(f"{str(value)[:40]!r} is no shape")
+    return tuple(_count(n, least) for n in value)
+
+
+def _axis(value: Any, shape: Sequence[Any]) -> int:
+    if _count(value, 0) >= len(shape):
+        raise ValueError(f"a shape of {len(shape)} axes has no axis {value}")
+    return int(value)
 
 
 def _range_text(channels: Span | None, inputs: Span | None) -> str:
@@ -267,8 +287,7 @@ class Excluded:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Excluded:
-        shape = tuple(int(n) for n in data["shape"])
-        return cls(str(data["name"]), shape, _known_dtype(data["dtype"]), str(data["reason"]))
+        return cls(str(data["name"]), _shape(data["shape"], 0), _known_dtype(data["dtype"]), str(data["reason"]))
 
 
 @dataclass(frozen=True, slots=True)

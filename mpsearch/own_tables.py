@@ -159,7 +159,7 @@ def _read(path: Path, wide_name: str) -> tuple[Sequence[str], Sequence[str], Map
         raise InputError("E214", f"{path}: '{path.suffix}' is no kind of table", advice="give .csv, .json or .parquet")
     try:
         columns = readers[path.suffix](path)
-    except (UnicodeDecodeError, csv.Error, ValueError, TypeError, RecursionError) as error:
+    except (csv.Error, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise InputError("E214", f"{path} cannot be read: {error}", advice=_HELP) from error
     if isinstance(columns, tuple):
         rows, formats, matrices = columns
@@ -192,7 +192,8 @@ def _parquet_columns(path: Path) -> dict[str, list[Any]]:
         raise InputError("E118", "reading Parquet needs pyarrow", advice="pip install 'mpsearch[tables]'") from None
     try:
         table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
+        # A broken header is an OSError to it.
         raise ValueError(str(error)) from error
     return {name: table.column(name).to_pylist() for name in table.column_names}
 
@@ -246,7 +247,7 @@ def _wide(
 def _numbers(path: Path, name: str, values: Sequence[Any]) -> list[float]:
     try:
         return [_number(value) for value in values]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise InputError("E214", f"{path}: column '{name}': {error}", advice=_HELP) from None
 
 

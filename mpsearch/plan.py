@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -49,6 +50,27 @@ class Predicted:
             "gap": self.gap,
             "cost": {name: whole(value) for name, value in self.cost.items()},
         }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Predicted:
+        if not isinstance(data, Mapping):
+            raise ValueError(f"predicted is {str(data)[:40]!r}")
+        # What a later writer of this schema says beside is passed over.
+        known = {each.name: data[each.name] for each in fields(cls) if each.name in data}
+        for name, value in known.items():
+            if name == "cost":
+                known[name] = {str(resource): _figure(amount) for resource, amount in value.items()}
+            elif name != "unit" and value is not None:
+                _figure(value)
+            elif name == "unit" and not isinstance(value, str):
+                raise ValueError(f"the unit is {str(value)[:40]!r}")
+        return cls(**known)
+
+
+def _figure(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > sys.float_info.max:
+        raise ValueError(f"{str(value)[:40]!r} is no finite number")
+    return value
 
 
 def whole(value: float) -> float | int:
@@ -127,6 +149,11 @@ class BitPlan:
         return int(self.cost.get("weights", self.bytes))
 
     @property
+    def counted_in(self) -> str:
+        """Where bytes of single layers are counted, when they do not add up to `stored_bytes`; else empty."""
+        return "" if self.bytes == self.stored_bytes else "in our own file"
+
+    @property
     def bits(self) -> float:
         """Stored bits per weight of the whole model."""
         return 8 * self.stored_bytes / self.layers.weights
@@ -197,7 +224,7 @@ class BitPlan:
             if content_key(rest) != data["digest"]:
                 raise InputError("E304", f"{where}: the digest does not match: the file was cut or edited")
             return cls._from_body(data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             raise InputError("E304", f"{where}: not a bit plan ({type(error).__name__}: {error})") from error
 
     @classmethod
@@ -206,14 +233,11 @@ class BitPlan:
             {**t, "name": t["layer"], "dtype": t["stored_dtype"], "shared": t["shared_with"]} for t in data["tensors"]
         ]
         model = {name: str(value) for name, value in data["model"].items() if name not in ("weights", "macs_per")}
-        # What a later writer of this schema says beside is passed over.
-        known = {each.name for each in fields(Predicted)}
-        predicted = {name: value for name, value in data["predicted"].items() if name in known}
         return cls(
             Layers.from_json({"layers": items, "excluded": data["kept"], "unit": data["model"]["macs_per"]}),
             {t["layer"]: Format.parse(t["format"]) for t in data["tensors"]},
             model,
-            Predicted(**predicted),
+            Predicted.from_json(data["predicted"]),
             dict(data["source"]),
         )
 
@@ -229,6 +253,9 @@ class BitPlan:
             InputError: the file is missing (E101) or not a whole plan (E304).
         """
         try:
+            # A device or a pipe has no end.
+            if Path(path).exists() and not Path(path).is_file():
+                raise InputError("E101", f"plan file '{path}' is not a file")
             text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise InputError("E101", f"plan file '{path}' cannot be read: {error.strerror}") from error

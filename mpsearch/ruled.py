@@ -6,6 +6,7 @@ import fnmatch
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -229,7 +230,7 @@ class _Builder:
             found = [self.rows[given]] if given in self.rows else _numbers_matching(names, given)
             if found:
                 return found
-        elif 0 <= given < len(names):
+        elif isinstance(given, Integral) and 0 <= given < len(names):
             return [int(given)]
         close = did_you_mean(str(given), names[:1000])
         raise InputError("E213", f"rules: no row '{given}' among {len(names)} rows{close}")
@@ -254,7 +255,7 @@ def _place(given: str | int, names: Sequence[str], what: str) -> int:
     if isinstance(given, str):
         if given in names:
             return names.index(given)
-    elif 0 <= given < len(names):
+    elif isinstance(given, Integral) and 0 <= given < len(names):
         return int(given)
     close = did_you_mean(str(given), names)
     raise InputError("E213", f"rules: no {what} '{given}'{close}", advice=f"there is {', '.join(names)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -139,7 +139,7 @@ class Rules:
         for row, columns in _table("bars", self.bars).items():
             _named(f"bars of '{row}'", _listed(f"bars of '{row}'", columns))
         for column, most in _table("at_most", self.at_most).items():
-            if isinstance(most, bool) or not isinstance(most, int) or most < 0:
+            if isinstance(most, bool) or not isinstance(most, int) or not 0 <= most < 2**53:
                 raise InputError("E213", f"rules: at_most of '{column}' is {most!r}, expected a whole number from 0")
         for resource, least in _table("at_least", self.at_least).items():
             _amount(f"at_least of '{resource}'", least)
@@ -197,8 +197,8 @@ def _named(name: str, values: Sequence[Any]) -> None:
 
 
 def _amount(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise InputError("E213", f"rules: {name} is {value!r}, expected a finite number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+        raise InputError("E213", f"rules: {name} is {str(value)[:40]}, expected a finite number")
 
 
 def _part(name: str, kind: Any, item: Any) -> Any:

@@ -14,6 +14,7 @@ from mpsearch.budget import parse_budgets
 from mpsearch.errors import InfeasibleError, InputError
 from mpsearch.front import Measurement
 from mpsearch.keys import content_key
+from mpsearch.optuna_trials import Heard, told
 from mpsearch.plan import BitPlan, Predicted
 from mpsearch.planning import Labelled, Planner
 from mpsearch.ports import Searcher
@@ -30,7 +31,9 @@ Measure = Callable[[Sequence[Trial]], Sequence[Seen]]
 _POSITION = 1_000_000
 
 
-def drive(problem: Problem, searcher: Searcher, measure: Measure, evaluations: int) -> tuple[Seen, ...]:
+def drive(
+    problem: Problem, searcher: Searcher, measure: Measure, evaluations: int, heard: Heard | None = None
+) -> tuple[Seen, ...]:
     """Ask, measure and ask again, until the searcher asks for nothing more or the evaluations are used up.
 
     Args:
@@ -38,6 +41,7 @@ def drive(problem: Problem, searcher: Searcher, measure: Measure, evaluations: i
         searcher: who asks.
         measure: measures some trials, and returns what was measured of each, in their order.
         evaluations: most trials.
+        heard: told all that was seen, each time that more was.
 
     Raises:
         ValueError: the searcher asks for a plan that does not fit, or for a trial again.
@@ -55,6 +59,8 @@ def drive(problem: Problem, searcher: Searcher, measure: Measure, evaluations: i
                 raise ValueError(f"the searcher asks for {trial}, which does not fit")
             before.add(trial)
         seen += measure(asked)
+        if heard is not None:
+            heard(problem, tuple(seen))
     return tuple(seen)
 
 
@@ -64,6 +70,7 @@ def search_study(
     evaluations: int = 60,
     budgets: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
+    shared: bool | None = None,
 ) -> Searched:
     """Search for the plan of least measured loss within budgets.
 
@@ -81,6 +88,7 @@ def search_study(
         evaluations: most measurements, each counting one however few its batches.
         budgets: what every plan must keep; the study's own when there are none.
         settings: of a searcher given by name.
+        shared: whether the trials are also kept as a study of Optuna's in the same database; None as the searcher says.
 
     Raises:
         InfeasibleError: no plan keeps the budgets (E201, E203).
@@ -95,7 +103,7 @@ def search_study(
         session.planner = dataclasses.replace(session.planner, budgets=wanted)
         session.planner.check(wanted)
         scores, _ = session.score(study.spec.estimator)
-        study.store.link(study.name, "scores", str(scores.source["scope"]))
+        study.link_scores(scores)
         ruled = session.planner.rules.apply(session.planner.problem(scores, wanted))
         problem = ruled.problem
         if reason := made.refuses(problem):
@@ -103,7 +111,8 @@ def search_study(
         source = {"budgets": [str(b) for b in wanted], "search": name, "scores": scores.source.get("scope", "")}
         on_calibration = getattr(made, "judged_on", "calibration") == "calibration"
         runner = _Runner(session, source, evaluations, ruled, on_calibration)
-        trials = drive(problem, made, runner.measure, evaluations)
+        with told(study, name, made, source["budgets"] if budgets else (), shared) as heard:
+            trials = drive(problem, made, runner.measure, evaluations, heard)
         if not trials:
             raise InfeasibleError(
                 "E203", f"searcher '{name}' found no plan within {' and '.join(source['budgets'])}", advice="loosen one"

@@ -17,9 +17,9 @@ import pytest
 import mpsearch as mp
 from mpsearch import registry
 from mpsearch.cli.main import run
-from mpsearch.cli.search import storage_of
 from mpsearch.errors import InfeasibleError, InputError
 from mpsearch.evaluate.first import First
+from mpsearch.optuna_trials import database_url
 from mpsearch.ports import Searcher
 from mpsearch.problem import Problem
 from mpsearch.searching import Searched, drive
@@ -453,7 +453,7 @@ def test_the_command_searches_writes_the_plan_and_an_optuna_study(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    kept = optuna.load_study(study_name="small refine", storage=storage_of(storage))
+    kept = optuna.load_study(study_name="small refine", storage=database_url(storage))
     assert len(kept.trials) == len(searched[1].trials)
     assert kept.best_value == searched[1].best.loss
     # The database still is one of studies.

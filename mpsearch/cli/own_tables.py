@@ -99,7 +99,7 @@ def read_settings(texts: Sequence[str]) -> dict[str, Any]:
             raise UsageError("E115", f"--set '{text}' is not NAME=VALUE", advice="write --set time_limit=5")
         try:
             read = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             read = value
         found[name] = tuple(read) if isinstance(read, list) else read
     return found
@@ -117,7 +117,7 @@ def read_rules(path: Path) -> Rules:
         raise InputError("E101", f"'{path}' is not a file")
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError("E102", f"{path} is not TOML: {error}") from error
     try:
         return Rules.of(data)

@@ -10,9 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpsearch.cli.options import DEFAULT_STORAGE, Budgets, Json, Quiet, Storage, Workers, open_study, worker_count
+from mpsearch.cli.options import (
+    DEFAULT_STORAGE,
+    Budgets,
+    Json,
+    Quiet,
+    Storage,
+    Workers,
+    open_study,
+    plain,
+    worker_count,
+)
 from mpsearch.cli.own_tables import read_settings
-from mpsearch.errors import InputError
 
 if TYPE_CHECKING:
     from mpsearch.trials import Searched
@@ -33,7 +42,7 @@ def search(
     workers: Workers = None,
     out: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None,
     optuna_storage: Annotated[
-        bool, typer.Option("--optuna-storage", help="Also keep the trials as an Optuna study in the same database.")
+        bool, typer.Option("--optuna-storage", help="Keep the trials as an Optuna study in the same database too.")
     ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -46,6 +55,7 @@ def search(
 
     from mpsearch import registry
     from mpsearch.cli.progress import Progress
+    from mpsearch.searching import search_study
     from mpsearch.spec import StudySpec
     from mpsearch.studying import Study
 
@@ -61,12 +71,12 @@ def search(
         stored = open_study(name, storage)
         study = Study(replace(stored.spec, workers=worker_count(workers)), stored.store, report=progress)
     with closing(study.store), progress.around(study, "the same command"):
-        found = study.search(searcher, evaluations=evaluations, budgets=budget or (), **settings)
+        found = search_study(study, searcher, evaluations, budget or (), settings, shared=optuna_storage or None)
+    for notice in study.notices:
+        if notice.code == "W520":
+            sys.stderr.write(f"{plain(str(notice))}\n")
     if out is not None:
         found.plan.save(out)
-    if optuna_storage:
-        url = storage_of(study.spec.storage)
-        registry.load("searchers", "optuna").publish(url, f"{study.name} {found.searcher}", found.problem, found.trials)
     if as_json:
         sys.stdout.write(json.dumps(found.to_json(), indent=1) + "\n")
         return
@@ -101,21 +111,3 @@ def _change(start: float, best: float) -> str:
     if best == start:
         return "the start: nothing better was found"
     return f"{100 * abs(1 - best / start):.1f} % {'below' if best < start else 'above'} the start" if start else ""
-
-
-def storage_of(storage: str) -> str:
-    """Address of a study's database as SQLAlchemy, and so Optuna, takes it.
-
-    Raises:
-        InputError: a database in memory, which nobody else can read (E107).
-
-    >>> storage_of("postgresql://ann@db.lan/mp")
-    'postgresql+psycopg://ann@db.lan/mp'
-    """
-    scheme, colon, rest = storage.partition("://")
-    if colon and scheme.partition("+")[0] in ("postgresql", "postgres"):
-        return f"postgresql+psycopg://{rest}"
-    path = rest.removeprefix("/") if colon else storage
-    if path in ("", ":memory:"):
-        raise InputError("E107", "a database in memory cannot be shared with Optuna", advice="give a file as storage")
-    return f"sqlite:///{Path(path).expanduser().resolve()}"

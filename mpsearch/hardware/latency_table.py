@@ -66,7 +66,7 @@ def _records(path: Path) -> tuple[list[Mapping[str, Any]] | Profile, bool]:
         if path.suffix != ".json":
             return list(csv.DictReader(text.splitlines())), False
         data = json.loads(text)
-    except (UnicodeDecodeError, ValueError, csv.Error) as error:
+    except (ValueError, csv.Error, RecursionError) as error:
         raise InputError("E433", f"'{path}' cannot be read: {error}", advice=_HELP) from error
     if isinstance(data, Mapping) and data.get("schema") == SCHEMA:
         return Profile.from_json(data), False
@@ -84,7 +84,7 @@ def _parquet(path: Path) -> list[Mapping[str, Any]]:
         raise InputError("E433", f"'{path}': Parquet needs pyarrow", advice="pip install 'mpsearch[tables]'") from error
     try:
         found: list[Mapping[str, Any]] = parquet.read_table(path).to_pylist()
-    except ArrowException as error:
+    except (ArrowException, OSError) as error:
         raise InputError("E433", f"'{path}' cannot be read: {error}") from error
     return found
 
@@ -125,7 +125,7 @@ def _time(row: Mapping[str, Any], where: str) -> tuple[str, KernelTime]:
 def _number(row: Mapping[str, Any], name: str, where: str) -> float:
     try:
         value = float(row[name])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value) or value <= 0:
         raise InputError("E433", f"{where}: {name} is {row[name]!r}, no time above 0", advice=_HELP)

@@ -222,6 +222,8 @@ class Profile:
                 advice="time again: mpsearch profile, or a study of another name",
             )
         try:
+            # Neither NaN, infinity nor half a surrogate pair: they have no key.
+            content_key(data)
             of_layers = [(str(row["layer"]), KernelTime.from_json(row)) for row in data["layers"]]
             return cls(
                 str(data["engine"]),
@@ -232,7 +234,7 @@ class Profile:
                 {(name, time.kernel.format, time.kernel.tokens): time for name, time in of_layers},
                 _one_of("origin", data["origin"], ("measured", "modelled")),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             raise InputError("E433", f"a profile that cannot be read: {type(error).__name__} {error}") from error
 
     def save(self, path: Path | str) -> None:

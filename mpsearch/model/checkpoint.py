@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from mpsearch.errors import InputError, UnsafeError, did_you_mean
 
 _HEADER_LIMIT = 100_000_000
+#: Most axes of a tensor.
+_AXES = 64
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _SIZES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
@@ -111,11 +114,24 @@ def read_header(file: Path) -> dict[str, Any]:
         try:
             header = json.loads(stream.read(length))
             tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            spans = sorted((*entry["data_offsets"], name, entry) for name, entry in tensors.items())
+            spans = sorted((_entry(name, entry) for name, entry in tensors.items()), key=lambda span: span[:3])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError("E405", f"{file.name}: the header is not readable ({type(error).__name__})") from error
     _check_spans(file, spans, size - 8 - length)
     return tensors
+
+
+def _entry(name: str, entry: Any) -> tuple[int, int, str, dict[str, Any]]:
+    """First and last byte of a tensor, after a look at every field that is used."""
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    numbers = [*shape, *offsets]
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**63 for n in numbers)
+    if not (isinstance(shape, list) and isinstance(entry["dtype"], str) and whole and len(shape) <= _AXES):
+        raise ValueError(name)
+    first, last = offsets
+    if last < first:
+        raise ValueError(name)
+    return first, last, name, entry
 
 
 def _check_spans(file: Path, spans: list[tuple[int, int, str, dict[str, Any]]], there: int) -> None:
@@ -127,9 +143,7 @@ def _check_spans(file: Path, spans: list[tuple[int, int, str, dict[str, Any]]], 
                 "E405",
                 f"{file.name}: tensors '{previous}' and '{name}' overlap at byte {first}: broken or hostile file",
             )
-        count = 1
-        for n in entry["shape"]:
-            count *= int(n)
+        count = math.prod(entry["shape"])
         if entry["dtype"] in _SIZES and count * _SIZES[entry["dtype"]] != last - first:
             raise InputError(
                 "E405", f"{file.name}: tensor '{name}' has {last - first} bytes, its shape needs another number"

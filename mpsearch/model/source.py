@@ -55,7 +55,19 @@ def read_texts(source: Source) -> list[str]:
         texts = _read_file(Path(source.text), source.key)
     if not texts:
         raise InputError("E501", f"{source.text} has no text", advice="give a file with text")
+    for number, text in enumerate(texts, start=1):
+        if not _is_text(text):
+            raise InputError("E502", f"{source.text}: text {number} holds half of a surrogate pair, which is no text")
     return _part(texts, source.part)
+
+
+def _is_text(text: str) -> bool:
+    # A tokenizer takes UTF-8, which JSON's escapes need not be.
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _part(texts: Sequence[str], part: str) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from mpsearch.problem import Problem
 from mpsearch.solvers import _extra, _search
+from mpsearch.solvers._optuna_study import OptunaStudy, quietly
 from mpsearch.solvers._reduced import Ints
 from mpsearch.solvers._spaces import Plans, Weights
 from mpsearch.trials import Seen, Trial
@@ -50,6 +50,8 @@ class Optuna:
         together: plans of one ask.
         startup: plans that are drawn at random before the sampler learns; the population of ``nsga2``.
         seed: seed of the draws.
+        shared: keep the trials of a stored study in Optuna's own tables of the same database too, for
+            ``optuna-dashboard``. What is asked never depends on them.
 
     Raises:
         InputError: Optuna is not installed (E703).
@@ -65,6 +67,7 @@ class Optuna:
     together: int = 4
     startup: int = 10
     seed: int = 0
+    shared: bool = True
     takes: ClassVar[str] = "any budgets"
     proves: ClassVar[str] = "nothing; never worse than the solved plan"
     cost: ClassVar[str] = "evaluations x one measurement"
@@ -92,7 +95,7 @@ class Optuna:
         if len(seen) >= self.evaluations:
             return ()
         space = _SPACES[self.space](problem, spends=self.sampler != "nsga2")
-        with _quietly() as optuna:
+        with quietly() as optuna:
             study = self._told(optuna, space, problem, seen)
             known = {item.trial.choice for item in seen}
             drawn = list(self._drawn(optuna, study, space, known))
@@ -156,6 +159,26 @@ class Optuna:
             if not wanted:
                 return
 
+    def study(self, url: str, name: str, budgets: Sequence[str] = ()) -> OptunaStudy:
+        """Return a study of an Optuna database that can be told what is measured, with this searcher's parameters.
+
+        Args:
+            url: address of the database, as SQLAlchemy takes it.
+            name: name of the study there.
+            budgets: kept with it.
+        """
+
+        def read(optuna: Any, problem: Problem, choice: Ints) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+            space = _SPACES[self.space](problem, spends=self.sampler != "nsga2")
+            return space.read(choice), _distributions(optuna, space)
+
+        return OptunaStudy(url, name, read, budgets)
+
+    @staticmethod
+    def study_of_plans(url: str, name: str, budgets: Sequence[str] = ()) -> OptunaStudy:
+        """Return a study of an Optuna database for the plans of any searcher, which have no parameters there."""
+        return OptunaStudy(url, name, None, budgets)
+
     @staticmethod
     def publish(url: str, name: str, problem: Problem, seen: Sequence[Seen]) -> int:
         """Write what was seen into a study of an Optuna database, for its dashboard; return how many trials are new.
@@ -171,20 +194,12 @@ class Optuna:
         Raises:
             InputError: Optuna is not installed (E703).
         """
-        _extra.load("optuna", "optuna")
-        with _quietly() as optuna:
-            storage = optuna.storages.RDBStorage(url)
-            try:
-                study = optuna.create_study(study_name=name, storage=storage, load_if_exists=True)
-                there = {
-                    (x.user_attrs.get("plan"), x.user_attrs.get("batches")) for x in study.get_trials(deepcopy=False)
-                }
-                made = [_record(optuna, problem, item) for item in seen]
-                new = [x for x in made if (x.user_attrs["plan"], x.user_attrs["batches"]) not in there]
-                study.add_trials(new)
-            finally:
-                storage.engine.dispose()
-        return len(new)
+        told = OptunaStudy(url, name)
+        try:
+            told.tell(problem, seen)
+        finally:
+            told.close()
+        return told.added
 
 
 def spent(problem: Problem, choice: Ints) -> float:
@@ -199,36 +214,9 @@ def spent(problem: Problem, choice: Ints) -> float:
     return max((totals[r] / limit for r, limit in limits if 0 < limit < math.inf), default=0.0)
 
 
-def _record(optuna: Any, problem: Problem, item: Seen) -> Any:
-    plan = " ".join(problem.formats[column] for column in item.trial.choice)
-    attributes = {"plan": plan, "batches": item.trial.batches}
-    if math.isfinite(item.spread):
-        attributes["spread"] = item.spread
-    states = optuna.trial.TrialState
-    if not math.isfinite(item.loss):
-        return optuna.trial.create_trial(state=states.FAIL, user_attrs=attributes)
-    if item.trial.batches:
-        step = {item.trial.batches: item.loss}
-        return optuna.trial.create_trial(state=states.PRUNED, intermediate_values=step, user_attrs=attributes)
-    return optuna.trial.create_trial(value=item.loss, user_attrs=attributes)
-
-
 def _distributions(optuna: Any, space: Plans | Weights) -> Mapping[str, Any]:
     kinds = optuna.distributions
     return {
         name: (kinds.IntDistribution if isinstance(high, int) else kinds.FloatDistribution)(low, high)
         for name, (low, high) in space.limits().items()
     }
-
-
-@contextmanager
-def _quietly() -> Iterator[Any]:
-    """Give Optuna to the body, without its messages."""
-    optuna = _extra.load("optuna", "optuna")
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        with _extra.quiet():
-            yield optuna
-    finally:
-        optuna.logging.set_verbosity(before)
