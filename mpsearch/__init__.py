@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from mpsearch.ablation import Ablation, ablate, protect
     from mpsearch.api import batches, cost, interactions, layers, measure, score, search, study, wrap
     from mpsearch.budget import Budget
+    from mpsearch.bundles.sharing import bundle, merge, unbundle
+    from mpsearch.client.connection import connect
     from mpsearch.errors import (
         InfeasibleError,
         InputError,
@@ -44,6 +46,8 @@ _WHERE = {
         "mpsearch.api",
     ),
     "Budget": "mpsearch.budget",
+    **dict.fromkeys(("bundle", "merge", "unbundle"), "mpsearch.bundles.sharing"),
+    "connect": "mpsearch.client.connection",
     **dict.fromkeys(
         (
             "InfeasibleError",
@@ -109,17 +113,21 @@ __all__ = [
     "UsageError",
     "ablate",
     "batches",
+    "bundle",
+    "connect",
     "cost",
     "doubts",
     "interactions",
     "layers",
     "measure",
+    "merge",
     "protect",
     "score",
     "search",
     "solve",
     "split",
     "study",
+    "unbundle",
     "wrap",
 ]
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from mpsearch.errors import Notice
 from mpsearch.layer import Layers
 from mpsearch.tables import Array, SensitivityTable
+from mpsearch.tasks import Failed
 
 
 def layer_notices(layers: Layers) -> list[Notice]:
@@ -106,3 +109,8 @@ def order_notices(scores: SensitivityTable, sizes: Array, clamp: bool = False) -
     done = "the cheaper format's are taken" if clamp else "kept as they are; clamp = true takes the cheaper format's"
     text = f"scores get worse with more bytes ('{row}': {dearer} by {excess:.2g} {scores.unit} against {cheaper}, …)"
     return [Notice("W517", f"{count} {text}: {done}")]
+
+
+def failure_notices(failed: Sequence[Failed]) -> list[Notice]:
+    """Say which plans could not be measured, and why."""
+    return [Notice("W522" if item.code == "E522" else "W511", item.message) for item in failed]

@@ -129,10 +129,24 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
         "quark": "mpsearch.exports.quark:Quark",
         "mixllm": "mpsearch.exports.mixllm:MixLlm",
     },
-    "executors": {"local": "mpsearch.executors.local:Local"},
+    "executors": {
+        "local": "mpsearch.executors.local:local",
+        "ray": "mpsearch.executors.ray:RayWorkers",
+        "database": "mpsearch.executors.inline:Nobody",
+    },
     "work": {"workbench": "mpsearch.evaluate.workbench:Work"},
     "reports": {"html": "mpsearch.web.report:report_html", "data": "mpsearch.web.report_data:ReportData"},
     "stores": {"sql": "mpsearch.storage.store:SqlStore"},
+    "upkeep": {
+        "copying": "mpsearch.storage.copying:Copying",
+        "check": "mpsearch.storage.inspecting:check",
+        "stats": "mpsearch.storage.inspecting:stats",
+        "backup": "mpsearch.storage.inspecting:backup",
+        "look": "mpsearch.storage.inspecting:look",
+        "journal": "mpsearch.storage.inspecting:journal",
+        "gc": "mpsearch.storage.gc:collect",
+        "rescue": "mpsearch.storage.rescue:rescue",
+    },
 }
 
 

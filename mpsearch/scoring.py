@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from mpsearch import registry
-from mpsearch.errors import InputError
+from mpsearch.errors import InputError, ResourceError
 from mpsearch.format import Format
+from mpsearch.keys import content_key
 from mpsearch.layer import Layer, Layers, check_layers, decisions
 from mpsearch.ports import Estimator, Store
 from mpsearch.records import CellRow
 from mpsearch.tables import SensitivityTable
-from mpsearch.tasks import ScoreTask
+from mpsearch.tasks import Failed, Job, ScoreTask
 
 
 def check_covers(estimator: str, formats: Sequence[Format]) -> None:
@@ -116,6 +117,15 @@ def blind_to(estimator: str, formats: Sequence[Format]) -> tuple[str, Format] | 
     return next(((what, fmt) for what, fmt in blind.items() if fmt is not None and what not in covers), None)
 
 
+Compute = Callable[[Sequence[Job]], Iterator[tuple[int, Failed | None]]]
+
+
+def scores_key(source: Mapping[str, Any]) -> str:
+    """Key under which scores of a source are stored: their scope, or one of their own while there are gaps."""
+    scope, gaps = str(source["scope"]), source.get("gaps")
+    return content_key([scope, sorted(gaps.items())]) if gaps else scope
+
+
 @dataclass(frozen=True)
 class Scoring:
     """The scoring of one model by one estimator, kept cell by cell under its scope.
@@ -139,15 +149,18 @@ class Scoring:
     def table(
         self,
         store: Store,
-        compute: Callable[[Sequence[ScoreTask]], Iterator[tuple[int, SensitivityTable]]],
+        compute: Compute,
         report: Callable[[int, int], None],
         limit: float = math.inf,
     ) -> SensitivityTable:
-        """Return the scores; compute and keep only the cells that are missing.
+        """Return the scores; have only the cells that are missing computed.
+
+        What cannot be scored, because it kills every worker that tries, is ``failed`` in the table; a batch that does
+        is left out of the mean. ``source["gaps"]`` says why.
 
         Args:
             store: where cells are kept.
-            compute: does tasks, and yields (index, table) as they are done.
+            compute: has jobs done, which keeps their results, and yields (index, why there is none) as they end.
             report: called with (done, total).
             limit: seconds on one core. An estimator that scores batch by batch, and needs longer for all by the time
                 of its first, scores the first ones only. ``source["batches"]`` says how many.
@@ -160,31 +173,30 @@ class Scoring:
             fitting = max(1, int(limit / max(self.seconds(store, 1), 1e-9)))
             if fitting < self.batches:
                 part = replace(self, batches=fitting)
-                part._fill(store, compute, report)
-                return part._assemble(store, by_batch=True)
-        by_batch = self._fill(store, compute, report)
-        found = self._assemble(store, by_batch)
-        store.put("scores", self.scope, found.to_json())
+                return part._assemble(store, True, part._fill(store, compute, report)[1])
+        by_batch, gaps = self._fill(store, compute, report)
+        found = self._assemble(store, by_batch, gaps)
+        # What has gaps is tried again another time.
+        store.put("scores", scores_key(found.source), found.to_json())
         return found
 
     def _fill(
-        self,
-        store: Store,
-        compute: Callable[[Sequence[ScoreTask]], Iterator[tuple[int, SensitivityTable]]],
-        report: Callable[[int, int], None],
-    ) -> bool:
-        """Compute the cells that are missing; say whether they are scored batch by batch."""
+        self, store: Store, compute: Compute, report: Callable[[int, int], None]
+    ) -> tuple[bool, dict[tuple[str, str, int], str]]:
+        """Have missing cells computed; say whether that is batch by batch, and which there will not be, and why."""
         by_batch = bool(registry.load("estimators", self.estimator).by == "batch")
         rows = {(r.layer, r.format, r.batch): r for r in store.cells(self.scope)}
         tasks = list(self._missing(rows.keys(), by_batch))
         total = self.batches if by_batch else len(list(self._missing((), False)))
         report(total - len(tasks), total)
-        for done, (i, table) in enumerate(compute(tasks), start=1):
-            if done == 1:
-                store.put("score_unit", self.scope, {"unit": table.unit})
-            store.put_cells(self.scope, list(_rows_of(table, tasks[i].batch)))
+        gaps = {}
+        for done, (i, failed) in enumerate(compute([Job(task, self.scope) for task in tasks]), start=1):
+            if failed is not None:
+                task = tasks[i]
+                place = (task.decisions[0], task.formats[0]) if task.decisions else ("", "")
+                gaps[(*place, -1 if task.batch is None else task.batch)] = failed.message
             report(total - len(tasks) + done, total)
-        return by_batch
+        return by_batch, gaps
 
     def seconds(self, store: Store, batches: int | None = None) -> float:
         """Computing time of the stored cells on one core, of the first batches or of all."""
@@ -209,11 +221,24 @@ class Scoring:
                 if offered and (decision.name, str(fmt), -1) not in known:
                     yield ScoreTask(self.estimator, self.settings, (decision.name,), (str(fmt),))
 
-    def _assemble(self, store: Store, by_batch: bool) -> SensitivityTable:
+    def _assemble(self, store: Store, by_batch: bool, gaps: Mapping[tuple[str, str, int], str]) -> SensitivityTable:
         rows = {(r.layer, r.format, r.batch): r for r in store.cells(self.scope)}
+        rows |= {key: CellRow(*key, "failed", None, None, 0, reason=why) for key, why in gaps.items()}
         unit = (store.get("score_unit", self.scope) or {}).get("unit", "")
-        indices: Sequence[int] = range(self.batches) if by_batch else (-1,)
-        return SensitivityTable.mean([self._part(rows, i, unit) for i in indices])
+        without = {batch for _, _, batch in gaps} if by_batch else set()
+        indices = [i for i in range(self.batches) if i not in without] if by_batch else [-1]
+        if not indices:
+            raise ResourceError(
+                "E522", f"no batch could be scored: {next(iter(gaps.values()))}", advice="fewer workers"
+            )
+        found = SensitivityTable.mean([self._part(rows, i, unit) for i in indices])
+        if not gaps:
+            return found
+        told = {
+            " ".join(filter(None, [layer, fmt, f"batch {i}" if i >= 0 else ""])): why
+            for (layer, fmt, i), why in gaps.items()
+        }
+        return replace(found, source={**found.source, "gaps": told, "batches": self.batches - len(without)})
 
     def _part(self, rows: dict[tuple[str, str, int], CellRow], batch: int, unit: str) -> SensitivityTable:
         names = tuple(decision.name for decision in self.layers.decisions)
@@ -236,20 +261,3 @@ class Scoring:
                 "batches": self.batches,
             },
         )
-
-
-def _rows_of(table: SensitivityTable, batch: int | None) -> Iterator[CellRow]:
-    seconds = float(table.source.get("seconds", 0.0))
-    for i, name in enumerate(table.layers):
-        for j, fmt in enumerate(table.formats):
-            value, spread = float(table.value[i, j]), float(table.spread[i, j])
-            yield CellRow(
-                name,
-                fmt,
-                -1 if batch is None else batch,
-                table.status[i][j],
-                value if math.isfinite(value) else None,
-                spread if math.isfinite(spread) else None,
-                table.samples,
-                seconds=seconds,
-            )

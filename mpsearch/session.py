@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mpsearch import registry
+from mpsearch.driving import Driver
 from mpsearch.front import Measurement
 from mpsearch.keys import content_key
 from mpsearch.machine import fingerprint
 from mpsearch.plan import BitPlan
 from mpsearch.planning import Labelled, Planner
-from mpsearch.ports import Executor
 from mpsearch.scoring import Scoring
 from mpsearch.tables import SensitivityTable
-from mpsearch.tasks import Failed, MeasureTask, Survey
+from mpsearch.tasks import Failed, Job, MeasureTask, Survey
 
 if TYPE_CHECKING:
     from mpsearch.studying import Study
@@ -32,14 +32,16 @@ class Session:
         study: the study.
         planner: makes its plans.
         survey: what was found in model and text.
-        executor: does the work.
+        driver: has the work done.
+        outcome: state of the study when the session ends well.
         failed: the plans of the last `measure` that could not be measured.
     """
 
     study: Study
     planner: Planner
     survey: Survey
-    executor: Executor
+    driver: Driver
+    outcome: str = "complete"
     failed: list[Failed] = field(default_factory=list)
 
     def score(self, estimator: str, limit: float = math.inf) -> tuple[SensitivityTable, float]:
@@ -81,7 +83,7 @@ class Session:
         phase = "score" if estimator == spec.estimator else estimator
         scores = scoring.table(
             study.store,
-            lambda tasks: study.compute(self.executor, tasks),
+            lambda jobs: study.compute(self.driver, jobs),
             lambda done, total: study.report(phase, done, total),
             limit,
         )
@@ -101,23 +103,20 @@ class Session:
         Returns:
             Key of the plan -> measurement, of all that could be measured; `failed` says why others could not.
         """
-        store, tasks, self.failed = self.study.store, dict[str, MeasureTask](), []
+        store, jobs, self.failed = self.study.store, dict[str, Job](), []
         keys = [self.measurement_key(item.plan, batches, calibration=calibration) for item in plans]
         known = store.get_many("measurement", keys)
         for key, item in zip(keys, plans, strict=True):
-            if key not in known and key not in tasks:
-                tasks[key] = MeasureTask(EVALUATOR, item.plan.to_json(), batches=batches, calibration=calibration)
-        asked = list(tasks)
+            if key not in known and key not in jobs:
+                task = MeasureTask(EVALUATOR, item.plan.to_json(), batches=batches, calibration=calibration)
+                jobs[key] = Job(task, key)
         if phase:
-            self.study.report(phase, 0, len(asked))
-        for done, (i, found) in enumerate(self.study.compute(self.executor, list(tasks.values())), start=1):
+            self.study.report(phase, 0, len(jobs))
+        for done, (_, failed) in enumerate(self.study.compute(self.driver, list(jobs.values())), start=1):
             if phase:
-                self.study.report(phase, done, len(asked))
-            if isinstance(found, Failed):
-                self.failed.append(found)
-                continue
-            body = found.to_json()
-            store.put("measurement", asked[i], body, volatile={"seconds": body.pop("seconds")})
+                self.study.report(phase, done, len(jobs))
+            if failed is not None:
+                self.failed.append(failed)
         known = store.get_many("measurement", keys)
         return {
             item.plan.key: Measurement.from_json({**known[key], "label": item.label})

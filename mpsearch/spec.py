@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from mpsearch.budget import parse_budgets
 from mpsearch.bundled import resolve_model
 from mpsearch.capabilities import capabilities
 from mpsearch.errors import InputError, did_you_mean
+from mpsearch.files import located
 from mpsearch.format import Format, join, parse_formats
 from mpsearch.model.source import LIBRARY, Source
 from mpsearch.protection import Rule
@@ -23,7 +24,7 @@ from mpsearch.toml_text import line_of, read_text, toml_error
 
 DEFAULT_FORMATS = ("int2-g64", "int3-g64", "int4-g64", "int5-g64", "int6-g64", "int7-g64", "int8-g64", "int8-channel")
 # How and where a study is computed does not change its question.
-_NOT_THE_QUESTION = ("storage", "workers", "out")
+_NOT_THE_QUESTION = ("storage", "workers", "executor", "executor_settings", "out")
 _LATER = ("activations", "kv", "protect", "clamp", "rules", "cautious", "engine", "energy", "target")
 _LISTS = ("formats", "activations", "kv", "budgets")
 
@@ -64,6 +65,8 @@ class StudySpec:
         seed: seed of all that is random.
         storage: URL or path of the results database.
         workers: processes that compute.
+        executor: where they run: ``local``, ``ray``, or ``database`` for workers that join by themselves.
+        executor_settings: its settings.
         out: folder of the report and the plan.
         trust_remote_code: run the model's own code.
         engine: whose kernels are timed for budgets of time, and how it keeps weights for budgets of memory: a name with
@@ -101,6 +104,8 @@ class StudySpec:
     seed: int = 0
     storage: str = "sqlite:///mpsearch.db"
     workers: int = 1
+    executor: str = "local"
+    executor_settings: Mapping[str, Any] = field(default_factory=dict)
     out: str = "mpsearch-out"
     trust_remote_code: bool = False
     engine: str = ""
@@ -165,16 +170,17 @@ class StudySpec:
         found = dict(values)
         if unknown:
             return cls.of_values(**found)
+        _printable(found)
         here = base or Path.cwd()
         found["model"] = resolve_model(str(found["model"]), here)
         for name in ("calibration", "validation"):
             text = found.get(name, "")
             if isinstance(text, str) and text and not text.startswith(LIBRARY):
-                found[name] = str((here / Path(text).expanduser()).resolve())
+                found[name] = str(located(text, here))
         for name, prefix in (("engine", "file:"), ("energy", "")):
             text = str(found.get(name, ""))
             if text.removeprefix(prefix) and text.startswith(prefix):
-                found[name] = prefix + str((here / Path(text.removeprefix(prefix)).expanduser()).resolve())
+                found[name] = prefix + str(located(text.removeprefix(prefix), here))
         spec = cls.of_values(**found)
         return spec if spec.name else replace(spec, name=Path(spec.model).name)
 
@@ -188,7 +194,7 @@ class StudySpec:
                     "E103", f"unknown key '{name}'{did_you_mean(name, known)}", because=f"keys: {', '.join(known)}"
                 )
         found = dict(values)
-        for name in ("estimator", "solver"):
+        for name in ("estimator", "solver", "executor"):
             if isinstance(found.get(name), Mapping):
                 settings = dict(found[name])
                 found[name] = settings.pop("name", "")
@@ -220,7 +226,7 @@ class StudySpec:
         text = read_text(file)
         try:
             values = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise toml_error(file, str(error)) from error
         try:
             return cls.of(file.resolve().parent, **{**values, **overrides})
@@ -249,6 +255,10 @@ class StudySpec:
             self.counts_caches,
         )
 
+    def setup_for(self, identity: Sequence[str]) -> Setup:
+        """The setup, with digests of model, calibration and validation text that must be found."""
+        return replace(self.setup, identity=tuple(identity))
+
     @property
     def ties_used(self) -> str | tuple[tuple[str, ...], ...]:
         """What ties are found by: as the target needs them, unless they are lists; it knows what it loads as one."""
@@ -267,7 +277,7 @@ class StudySpec:
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in _LISTS:
             found[name] = list(found[name])
-        for name in ("estimator_settings", "solver_settings", "pins", "rules"):
+        for name in ("estimator_settings", "solver_settings", "executor_settings", "pins", "rules"):
             found[name] = dict(found[name])
         if not isinstance(self.ties, str):
             found["ties"] = [list(group) for group in self.ties]
@@ -295,6 +305,16 @@ _GIVE = {
     "model": "give a Hugging Face folder, or bundled:tiny-llama",
     "calibration": "give a .txt or .jsonl file, or stdlib:calibration (on the command line: --calib)",
 }
+
+
+def _printable(values: Mapping[str, Any]) -> None:
+    """Refuse texts that no file can be called, and that no database stores (E114)."""
+    for name, value in values.items():
+        odd = next((x for x in value if x == "\0" or "\ud800" <= x <= "\udfff"), "") if isinstance(value, str) else ""
+        if odd:
+            raise InputError("E114", f"'{name}' holds U+{ord(odd):04X}, which is not text")
+
+
 _TYPES: Mapping[str, type] = {
     "int": int, "str": str, "bool": bool,
 }  # fmt: skip

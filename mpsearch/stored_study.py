@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 from mpsearch.answer import Answer
 from mpsearch.budget import Budget, parse_budgets
+from mpsearch.capabilities import own_type
 from mpsearch.errors import InputError
 from mpsearch.front import Measurement, ParetoFront
 from mpsearch.hardware.profile import Profile
@@ -22,6 +23,7 @@ from mpsearch.plan import BitPlan
 from mpsearch.planning import Labelled, Planner
 from mpsearch.ports import Store
 from mpsearch.protection import Rule
+from mpsearch.records import StudyStatus
 from mpsearch.robust import Doubt
 from mpsearch.spec import StudySpec
 from mpsearch.tables import CostTable, SensitivityTable
@@ -52,6 +54,29 @@ class StoredStudy:
     def name(self) -> str:
         """Name of the study."""
         return self.spec.name
+
+    @property
+    def status(self) -> StudyStatus:
+        """What the study is doing: state, phase, who drives it."""
+        return self.store.control.status(self.name)
+
+    def watch(self, every: float = 0.5) -> Iterator[StudyStatus]:
+        """Yield what the study does until it has ended; it goes on when nobody watches.
+
+        Args:
+            every: seconds between two looks.
+        """
+        from mpsearch.submitting import watch
+
+        return (status for status, _ in watch(self.store, self.name, every))
+
+    def pause(self) -> None:
+        """Ask that it stops after the tasks in hand; ``run()`` or ``submit()`` goes on with it."""
+        self.store.control.want(self.name, "pause")
+
+    def cancel(self) -> None:
+        """Ask that it stops for good; what was computed stays."""
+        self.store.control.want(self.name, "cancel")
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
@@ -99,7 +124,13 @@ class StoredStudy:
         return Profile.from_json(found[-1][1]) if found else None
 
     def _energy(self) -> Mapping[str, tuple[float, float]]:
-        return read_energy(Path(self.spec.energy)) if self.spec.energy else {}
+        """Picojoules per operation and byte: as the study first read them, so that a copy of it needs no file."""
+        if not self.spec.energy:
+            return {}
+        known = self._linked("energy")
+        if known:
+            return {name: (float(mac), float(byte)) for name, (mac, byte) in known[-1][1]["energy"].items()}
+        return read_energy(Path(self.spec.energy))
 
     @property
     def protected(self) -> dict[str, str]:
@@ -182,17 +213,15 @@ class StoredStudy:
             InfeasibleError: as `answer`.
         """
         wanted = parse_budgets(budgets) if budgets else self.budgets
-        planner, scores = self._planner(wanted), self.scores
-        stored = planner.layers[0].dtype
-        left = {"float16": "fp16", "float32": "fp32"}.get(stored, "bf16")
-        formats = planner.spec.formats
-        if left not in formats:
-            # A layer that stays in its own type loses nothing; whether it may is for the target to say.
-            formats = (*formats, left)
-            rows = planner.layers.decisions
-            scores = scores.with_harmless(left, [all(x.dtype == stored for x in row.layers) for row in rows])
-        spec = replace(planner.spec, formats=formats, target=target)
-        return replace(planner, spec=spec).answer(scores, wanted).plan
+        planner = self._planner(wanted)
+        # A layer that stays in its own type loses nothing; whether it may is for the target to say.
+        rows = planner.layers.decisions
+        stored = dict.fromkeys(filter(None, map(own_type, planner.layers)))
+        harmless = {own: [all(own_type(x) == own for x in row.layers) for row in rows] for own in stored}
+        formats = tuple(dict.fromkeys([*planner.weights, *stored]))
+        planner = replace(planner, spec=replace(planner.spec, formats=formats, target=target))
+        scores = self.scores.for_formats([str(fmt) for fmt in planner.formats], harmless)
+        return planner.answer(scores, wanted).plan
 
     def doubts(self, *budgets: str, by: float = 1.645) -> tuple[Doubt, ...]:
         """List the decisions whose format the errors of the scores leave open (see `mpsearch.doubts`).

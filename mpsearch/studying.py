@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
-import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from mpsearch import registry, rivals
-from mpsearch.errors import InputError, Notice
+from mpsearch.driving import Driver, Stopped
+from mpsearch.errors import InputError, MpsearchError, Notice, ResourceError
 from mpsearch.formats.kv_cache import KvCache, check_length
 from mpsearch.front import ParetoFront
 from mpsearch.hardware.identity import check_same
 from mpsearch.keys import content_key
 from mpsearch.machine import fingerprint
-from mpsearch.notices import layer_notices, order_notices, score_notices
+from mpsearch.notices import failure_notices, layer_notices, order_notices, score_notices
+from mpsearch.pace import Detail
 from mpsearch.planning import Labelled, Planner
 from mpsearch.ports import Executor, Searcher, Store
 from mpsearch.profiled import study_profile
 from mpsearch.protection import Rule
-from mpsearch.scoring import check_covers
+from mpsearch.scoring import check_covers, scores_key
 from mpsearch.session import Session
 from mpsearch.spec import StudySpec
 from mpsearch.stored_study import StoredStudy
-from mpsearch.tasks import RatioTask, Survey, SurveyTask
+from mpsearch.tasks import Failed, Job, RatioTask, Survey, SurveyTask
 
 if TYPE_CHECKING:
     from mpsearch.front import Measurement
     from mpsearch.plan import BitPlan
     from mpsearch.standings import Tournament
+    from mpsearch.tables import SensitivityTable
     from mpsearch.trials import Searched
 
 Report = Callable[[str, int, int], None]
 #: Raised with every change of what is found in a model: it is part of the survey's key.
 FIND_VERSION = 2
+#: Where a study stands when what was done to it changes nothing of that.
+_WITHOUT_DRIVER = {"": "new", "running": "paused", "submitted": "paused"}
 
 
 class Study(StoredStudy):
@@ -47,8 +52,9 @@ class Study(StoredStudy):
         spec: the question.
         store: where everything is kept.
         notices: what a user should know about the last run.
-        computed: how many tasks the last run computed: 0 when all was known.
-        report: called with (phase, done, total).
+        computed: how many tasks the last run had computed: 0 when all was known.
+        told: called with (phase, done, total).
+        again: try again what failed, or was given up, in an earlier run.
     """
 
     def __init__(
@@ -73,7 +79,21 @@ class Study(StoredStudy):
         self.notices: list[Notice] = []
         self.computed = 0
         self._work = work
-        self.report: Report = report or (lambda phase, done, total: None)
+        self.told: Report = report or (lambda phase, done, total: None)
+        self.again = True
+        self._driver: Driver | None = None
+        self._at_work: Session | None = None
+
+    @property
+    def detail(self) -> Detail:
+        """What is worth knowing of the work under way: workers, tasks done again or given up, what was begun last."""
+        return self._driver.detail if self._driver else Detail()
+
+    def report(self, phase: str, done: int, total: int) -> None:
+        """Tell whoever set the study up, and whoever watches it, how far it is."""
+        if self._driver is not None:
+            self._driver.progress = (phase, done, total)
+        self.told(phase, done, total)
 
     def run(self) -> ParetoFront:
         """Score, solve and measure whatever is missing, and return the measured front.
@@ -85,16 +105,28 @@ class Study(StoredStudy):
         """
         registry.make("estimators", self.spec.estimator, **self.spec.estimator_settings)
         with self.session(self.spec.estimator) as session:
-            self.store.set_state(self.name, "running")
-            state = "failed"
-            try:
-                state = "complete" if self._run(session) else "gaps"
-            except KeyboardInterrupt:
-                state = "paused"
-                raise
-            finally:
-                self.store.set_state(self.name, state)
+            session.outcome = "failed"
+            session.outcome = "complete" if self._run(session) else "gaps"
         return self.front
+
+    def submit(self) -> str:
+        """Hand the study over and return at once: to workers of the database, or else to a process of its own.
+
+        Returns:
+            Its name; `watch` follows it.
+
+        Raises:
+            StorageError: the name has another question (E140).
+            InputError: a model or a database that lives in this process only (E115).
+        """
+        from mpsearch.submitting import submit
+
+        if self._work is not None:
+            raise InputError(
+                "E115", "the model is in this process only: nobody else can work on it",
+                advice="run() it here, or save the model in a folder",
+            )  # fmt: skip
+        return submit(self.spec, self.store)
 
     def tournament(
         self, estimators: Sequence[str] = (), *, plans: int = 100, sizes: int = 5, limit: float = 30.0
@@ -147,14 +179,16 @@ class Study(StoredStudy):
         if self.spec.solver != "auto":
             registry.make("solvers", self.spec.solver, **self.spec.solver_settings)
         self._check_texts()
-        if any(row.name == self.name for row in self.store.studies()):
-            self.store.create_study(self.name, self.spec.question())
+        executor = self._executor()
+        before = next((row.state for row in self.store.studies() if row.name == self.name), "")
+        self.store.create_study(self.name, self.spec.question())
+        if before:
             self._check_origin()
-        with registry.make("executors", "local", workers=1 if self._work else self.spec.workers) as executor:
-            key, survey = self._find(executor)
+        with self._drive(before, executor) as driver:
+            key, survey = self._find(driver)
             survey = self._survey(survey)
             rule = Rule.parse(self.spec.protect) if self.spec.protect else None
-            ratios_key, ratios = self._ratios(executor, rule, key) if rule else ("", {})
+            ratios_key, ratios = self._ratios(driver, rule, key) if rule else ("", {})
             protected = rule.pins(survey.layers, ratios) if rule else {}
             planner = Planner(
                 self.spec, survey.layers, self._model_entry(survey), protected=protected, caches=survey.caches,
@@ -170,26 +204,84 @@ class Study(StoredStudy):
             # The others depend on the engine.
             planner.check([budget for budget in self.budgets if budget.resource in ("weights", "bops", "kv")])
             folder = None if self._work else self.spec.model
-            known = any(row.name == self.name for row in self.store.studies())
-            before = self.profile if known else None
-            profile, doubts = study_profile(planner, self.store, self.report, folder, self.identity["model"], before)
+            then = self.profile
+            profile, doubts = study_profile(planner, self.store, self.report, folder, self.identity["model"], then)
             self.notices += doubts
             planner = replace(planner, profile=profile)
             planner.check(self.budgets)
-            # A question that cannot be answered takes no name: it can be put right and asked again.
-            self.store.create_study(self.name, self.spec.question())
             self.store.link(self.name, "survey", key)
             if rule:
                 self.store.link(self.name, "ratios", ratios_key)
             if profile is not None:
-                if before is not None:
-                    check_same(before.identity, profile.identity, f"study '{self.name}'")
+                if then is not None:
+                    check_same(then.identity, profile.identity, f"study '{self.name}'")
                 self.store.put("profile", profile.key, profile.to_json())
                 self.store.link(self.name, "profile", profile.key)
+            if planner.energy:
+                energy = {"energy": {name: list(prices) for name, prices in planner.energy.items()}}
+                self.store.put("energy", content_key(energy), energy)
+                self.store.link(self.name, "energy", content_key(energy))
             origin = self._origin()
             self.store.put("origin", content_key(origin), origin)
             self.store.link(self.name, "origin", content_key(origin))
-            yield Session(self, planner, survey, executor)
+            self._at_work = Session(self, planner, survey, driver, _WITHOUT_DRIVER.get(before, before))
+            yield self._at_work
+
+    @contextmanager
+    def _drive(self, before: str, executor: Executor) -> Iterator[Driver]:
+        """Hold the study while the body works on it, and say in the end where it stands.
+
+        Args:
+            before: its state until now; empty for one that was made for this.
+            executor: starts the workers.
+        """
+        setup = asdict(self.spec.setup)
+        cut = {name: setup[name] for name in setup if name not in ("model", "calibration", "validation", "identity")}
+        identity = [self.identity[x] for x in ("model", "calibration", "validation")]
+        work = self._work or registry.load("work", "workbench")(self.spec.setup_for(identity))
+        driver = Driver(
+            self.store, self.name, executor, self.identity, cut, storage=self.store.address, work=work,
+            private=self._work is not None, again=self.again,
+        )  # fmt: skip
+        stopped, reason = "", ""
+        # Whoever drove it before is gone.
+        before = {"submitted": "failed", "running": "failed", "new": "failed"}.get(before, before)
+        with driver:
+            self._driver, self._at_work = driver, None
+            try:
+                yield driver
+            except Stopped as stop:
+                stopped = "paused" if stop.wanted == "pause" else "cancelled"
+                raise
+            except KeyboardInterrupt:
+                stopped = "paused"
+                raise
+            except Exception as error:
+                reason = f"{error.code} {error.message}" if isinstance(error, MpsearchError) else repr(error)
+                raise
+            finally:
+                begun, self._driver, self._at_work = self._at_work, None, None
+                if state := stopped or (begun.outcome if begun else before):
+                    driver.leave(state, reason, now=bool(stopped))
+                else:
+                    # A question that cannot be answered takes no name: it can be put right and asked again.
+                    self.store.control.drop(self.name)
+
+    def _executor(self) -> Executor:
+        if self._work is not None:
+            made: Executor = registry.make("executors", "local", workers=1)
+            return made
+        settings = dict(self.spec.executor_settings)
+        if "workers" in registry.settings("executors", self.spec.executor):
+            settings.setdefault("workers", self.spec.workers)
+        made = registry.make("executors", self.spec.executor, **settings)
+        if not made.inside and not self.store.shared:
+            raise InputError(
+                "E115",
+                "a database in memory cannot be opened by other processes, and they are to do the work",
+                advice="give a file (storage = 'sqlite:///results.db'), or workers = 1",
+            )
+        return made
 
     def _check_texts(self) -> None:
         if self.identity["calibration"] == self.identity["validation"]:
@@ -221,7 +313,8 @@ class Study(StoredStudy):
                     "E142",
                     f"study '{self.name}' was computed under other conditions; mixed numbers are not comparable",
                     because="; ".join(changed),
-                    advice="go back to what it was, or start another study: --name",
+                    advice=f"go back to what it was, compute all of it again (mpsearch resume {shlex.quote(self.name)} "
+                    "--remeasure), or start another study: --name",
                 )
 
     def _run(self, session: Session) -> bool:
@@ -247,8 +340,10 @@ class Study(StoredStudy):
             text = f"{', '.join(made)}: made from the calibration data and scored on it, so they look too good"
             self.notices.append(Notice("W425", f"{text}; plans are measured on other text"))
         scores, _ = session.score(self.spec.estimator)
-        self.store.link(self.name, "scores", str(scores.source["scope"]))
+        self.link_scores(scores)
         self.notices += score_notices(scores)
+        gaps = scores.source.get("gaps", {})
+        self.notices += [Notice("W522", f"{what}: {why}; without a score") for what, why in gaps.items()]
         self.notices += order_notices(scores, planner.sizes, self.spec.clamp)
         if kept := planner.unscored(scores):
             names = ", ".join(f"{scores.layers[i]} in {scores.formats[j]}" for i, j in kept[:3])
@@ -258,9 +353,13 @@ class Study(StoredStudy):
         plans = [chosen, *rivals.sweep(planner, scores, self.budgets, self.spec.points)]
         plans += [Labelled(x.label, planner.predict(scores, x.plan)) for x in rivals.uniform(planner)]
         plans += rivals.random(planner, scores, self.budgets, self.spec.random)
-        return self._measure(session, plans)
+        return self._measure(session, plans) and not gaps
 
-    def _find(self, executor: Executor) -> tuple[str, Survey]:
+    def link_scores(self, scores: SensitivityTable) -> None:
+        """Note the study's scores; those with gaps count until there are some without."""
+        self.store.link(self.name, "scores", scores_key(scores.source), position=-1 if scores.source.get("gaps") else 0)
+
+    def _find(self, driver: Driver) -> tuple[str, Survey]:
         """Return what is in the model and the text, and its key."""
         spec = self.spec.to_json()
         cut = {name: spec[name] for name in ("tokens", "validation_tokens", "length", "batch_size", "ties")}
@@ -268,28 +367,30 @@ class Study(StoredStudy):
         cut |= {"find": FIND_VERSION, "caches": self.spec.counts_caches}
         cut["ties"] = ties if isinstance(ties, str) else [list(group) for group in ties]
         key = content_key([self.identity, cut, fingerprint()])
-        known = self.store.get("survey", key)
-        if known is None:
+        if self.store.get("survey", key) is None:
             self.report("load", 0, 1)
-            for _, survey in self.compute(executor, [SurveyTask()]):
-                known = survey.to_json()
-                self.store.put("survey", key, known)
+            self._have(driver, Job(SurveyTask(), key))
             self.report("load", 1, 1)
-        assert known is not None
-        return key, Survey.from_json(known)
+        return key, Survey.from_json(self.store.get("survey", key) or {})
 
-    def _ratios(self, executor: Executor, rule: Rule, survey: str) -> tuple[str, dict[str, float | None]]:
+    def _have(self, driver: Driver, job: Job) -> None:
+        """Have one job done, without which nothing can be.
+
+        Raises:
+            ResourceError: it kills every worker that tries (E522).
+        """
+        for _, failed in self.compute(driver, [job]):
+            if failed is not None:
+                advice = "mpsearch doctor tells of memory; a smaller batch_size or length needs less of it"
+                raise ResourceError(failed.code, f"{job.describe()}: {failed.message}", advice=advice)
+
+    def _ratios(self, driver: Driver, rule: Rule, survey: str) -> tuple[str, dict[str, float | None]]:
         """Return what a rule pins layers by, layer name -> ratio, and its key."""
         version = registry.load("estimators", rule.estimator).version
         key = content_key([survey, rule.estimator, version])
-        known = self.store.get("ratios", key)
-        if known is None:
-            for _, ratios in self.compute(executor, [RatioTask(rule.estimator)]):
-                # A stored value is never NaN.
-                known = {"ratios": {name: x if math.isfinite(x) else None for name, x in ratios.items()}}
-                self.store.put("ratios", key, known)
-        assert known is not None
-        return key, dict(known["ratios"])
+        if self.store.get("ratios", key) is None:
+            self._have(driver, Job(RatioTask(rule.estimator), key))
+        return key, dict((self.store.get("ratios", key) or {})["ratios"])
 
     def _measure(self, session: Session, plans: Sequence[Labelled]) -> bool:
         """Measure plans, and note which belong to this study and in what order.
@@ -301,21 +402,15 @@ class Study(StoredStudy):
             self.store.put("plan", item.plan.key, item.plan.to_json())
             self.store.link(self.name, "plan", item.plan.key, label=item.label, position=position)
         measured = session.measure(plans)
-        self.notices += [Notice("W511", failed.message) for failed in session.failed]
+        self.notices += failure_notices(session.failed)
         for position, item in enumerate(plans):
             if item.plan.key in measured:
                 key = session.measurement_key(item.plan)
                 self.store.link(self.name, "measurement", key, item.label, position)
         return not session.failed
 
-    def compute(self, executor: Executor, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        """Have tasks done, and yield (index, result) as they are."""
-        if not tasks:
-            return
-        setup = replace(
-            self.spec.setup, identity=tuple(self.identity[x] for x in ("model", "calibration", "validation"))
-        )
-        work = self._work or registry.load("work", "workbench")(setup)
-        for result in executor.map(work, tasks):
+    def compute(self, driver: Driver, jobs: Sequence[Job]) -> Iterator[tuple[int, Failed | None]]:
+        """Have jobs done, which keeps their results, and yield (index, why there is none) as they end."""
+        for result in driver.do(jobs):
             self.computed += 1
             yield result

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from mpsearch.errors import Notice
+from mpsearch.keys import content_key
 from mpsearch.layer import Layer, Layers
 from mpsearch.model.source import Source
 
@@ -145,3 +147,60 @@ class Failed:
 
 
 Task = SurveyTask | RatioTask | ScoreTask | MeasureTask
+_KINDS: Mapping[str, type] = {"survey": SurveyTask, "ratios": RatioTask, "score": ScoreTask, "measure": MeasureTask}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task, and where its result is kept.
+
+    Attributes:
+        task: what is to be done.
+        goes: key of the value that it makes; for scores the scope of the cells.
+    """
+
+    task: Task
+    goes: str
+
+    @property
+    def kind(self) -> str:
+        """``survey``, ``ratios``, ``score`` or ``measure``."""
+        return next(name for name, kind in _KINDS.items() if isinstance(self.task, kind))
+
+    @cached_property
+    def key(self) -> str:
+        """Content key: two studies that ask for the same work have the same job."""
+        if isinstance(self.task, ScoreTask):
+            return content_key([self.kind, self.goes, self.task.decisions, self.task.formats, self.task.batch])
+        return content_key([self.kind, self.goes])
+
+    def describe(self) -> str:
+        """Say what is worked on, shortly.
+
+        >>> Job(ScoreTask("fisher", (), ("fc",), ("int4-g64",)), "scope").describe()
+        'score fc int4-g64'
+        """
+        task = self.task
+        if isinstance(task, ScoreTask):
+            place = f"{task.decisions[0]} {task.formats[0]}" if task.decisions else f"batch {task.batch}"
+            return f"score {place}"
+        if isinstance(task, MeasureTask):
+            return f"measure {task.label or self.goes[:8]}"
+        return self.kind
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "goes": self.goes, "task": asdict(self.task)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Job:
+        """Read what `to_json` wrote; lists become tuples again.
+
+        >>> job = Job(ScoreTask("fisher", (("seed", 1),), ("fc",), ("int4-g64",)), "scope")
+        >>> Job.from_json(job.to_json()) == job
+        True
+        """
+        values = dict(data["task"])
+        if data["kind"] == "score":
+            values["settings"] = tuple((name, value) for name, value in values["settings"])
+            values |= {name: tuple(values[name]) for name in ("decisions", "formats")}
+        return cls(_KINDS[data["kind"]](**values), str(data["goes"]))

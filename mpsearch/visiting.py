@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mpsearch.errors import InputError, Notice
+from mpsearch.errors import InputError
 from mpsearch.front import Measurement
 from mpsearch.layer import Layers
+from mpsearch.notices import failure_notices
 from mpsearch.plan import BitPlan
 from mpsearch.planning import Labelled
 
@@ -44,7 +45,7 @@ def measure_plans(study: Study, plans: Mapping[str, BitPlan]) -> dict[str, Measu
             study.store.put("plan", item.plan.key, item.plan.to_json())
             study.store.link(study.name, "plan", item.plan.key, label=item.label, position=position)
         measured = session.measure(taken)
-        study.notices += [Notice("W511", failed.message) for failed in session.failed]
+        study.notices += failure_notices(session.failed)
         found = {}
         for position, item in enumerate(taken, first):
             if item.plan.key in measured:

@@ -266,26 +266,3 @@ def test_formats_of_a_model_says_what_each_layer_refuses(small_llama: Path, caps
 def test_formats_offers_the_nearest_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["formats", "-f", "int4-g12x8"]) == 3
     assert "E109" in capsys.readouterr().err
-
-
-def test_workers_that_are_ended_at_once_leave_no_word_behind(tmp_path: Path) -> None:
-    script = tmp_path / "abort.py"
-    script.write_text("""
-import time
-from mpsearch.executors.local import Local
-
-def work(item):
-    time.sleep(0.2)
-    return item
-
-if __name__ == "__main__":
-    for _ in range(3):
-        try:
-            with Local(2) as executor:
-                for _ in executor.map(work, range(100)):
-                    raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            time.sleep(0.5)
-""")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout == done.stderr == ""

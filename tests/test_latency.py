@@ -418,6 +418,18 @@ def test_a_study_that_timed_nothing_says_how_to(small_llama: Path, tmp_path: Pat
     assert roomy.cost["memory at context 64"] <= 3 * 2**20
 
 
+def test_a_study_keeps_its_table_of_energy(small_llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "energy.csv"
+    rows = ["int2-g64,0.3,10", "int3-g64,0.4,10", "int4-g64,0.5,10", "int8-channel,1,10", "bf16,2,10", "kv-bf16,2,10"]
+    path.write_text("\n".join(["format,pj_per_mac,pj_per_byte", *rows]), encoding="utf-8")
+    settings = study_settings(small_llama, tmp_path, estimator="weight_mse", points=0, energy=str(path))
+    study = mp.study(**{**settings, "budgets": ["energy <= 1 mJ at context 64"]})
+    study.run()
+    before = study.plan("energy <= 0.01 mJ at context 64").assignment
+    path.unlink()
+    assert study.plan("energy <= 0.01 mJ at context 64").assignment == before
+
+
 def test_profiles_travel(small_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "profile.json"
     listed = tmp_path / "layers.json"

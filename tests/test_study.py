@@ -332,7 +332,7 @@ def test_questions_that_do_not_fit_the_model(
         ({"tokens": "many"}, "E113", "must be int"),
         ({"formats": ["int1-channel"]}, "E110", "1 bit"),
         ({"pins": {"x": "int4_g64"}}, "E109", "pin 'x'"),
-        ({"name": "a\0b"}, "E114", "character 2"),
+        ({"name": "a\0b"}, "E114", "U+0000"),
         ({"budgets": 4.25}, "E113", "4.25"),
         ({"formats": 4}, "E113", "'formats'"),
         ({"ties": [1, 2]}, "E113", "'ties'"),

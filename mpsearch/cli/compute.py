@@ -65,6 +65,8 @@ def run(
         str | None,
         typer.Option(help="Who will load the plan, such as vllm: only what it holds (mpsearch targets)."),
     ] = None,
+    executor: Annotated[str | None, typer.Option(help="Where workers run: local, ray, or database.")] = None,
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster; the same as --executor ray there.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Score, solve, measure, and write the report and the plan.
@@ -82,7 +84,7 @@ def run(
         "budgets": tuple(budget) if budget else None, "formats": tuple(format) if format else None,
         "activations": tuple(activation) if activation else None, "kv": tuple(kv) if kv else None,
         "pins": _pins(pin) if pin else None, "trust_remote_code": trust_remote_code or None, "workers": workers,
-        "engine": engine, "energy": energy, "target": target,
+        "engine": engine, "energy": energy, "target": target, **_where(executor, ray),
     }  # fmt: skip
     values: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if not what.startswith(PREFIX) and not Path(what).exists():
@@ -106,17 +108,45 @@ def resume(
     storage: Storage = DEFAULT_STORAGE,
     workers: Workers = None,
     out: Annotated[str, typer.Option(help="Folder of the report and the plan.")] = "mpsearch-out",
+    executor: Annotated[str | None, typer.Option(help="Where workers run: local, ray, or database.")] = None,
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster; the same as --executor ray there.")] = None,
+    background: Annotated[bool, typer.Option("--background", help="Hand it over and return at once.")] = False,
+    remeasure: Annotated[
+        bool, typer.Option("--remeasure", help="The machine or versions changed: compute all of it again here.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Go on with a study that was stopped; what is known is not computed again.
 
     mpsearch resume tiny-llama
+
+    mpsearch resume tiny-llama --background
     """
     from dataclasses import replace
 
+    from mpsearch.submitting import submit
+
     found = open_study(name, storage)
+    where = {key: value for key, value in _where(executor, ray).items() if value is not None}
+    spec = replace(found.spec, workers=worker_count(workers), out=out, **where)
+    if remeasure:
+        found.store.control.unlink(name)
+    if background:
+        submit(spec, found.store)
     found.store.close()
-    _run(replace(found.spec, workers=worker_count(workers), out=out), quiet)
+    if background:
+        sys.stdout.write(f"next    mpsearch watch {shlex.quote(name)}{storage_option(storage)}\n")
+        return
+    _run(spec, quiet)
+
+
+def _where(executor: str | None, ray: str | None) -> dict[str, Any]:
+    """Fields of a study that say where its workers run."""
+    if ray is None:
+        return {"executor": executor}
+    if executor not in (None, "ray"):
+        raise UsageError("E115", f"--ray and --executor {executor} do not go together")
+    return {"executor": "ray", "executor_settings": {"address": ray}}
 
 
 def demo(
@@ -179,11 +209,15 @@ def _run(spec: Any, quiet: bool) -> None:
 
     progress = Progress(quiet)
     with registry.make("stores", "sql", url=spec.storage) as store:
-        study = Study(spec, store, report=progress)
+        study = Study(spec, store)
+        study.told = lambda phase, done, total: progress(phase, done, total, study.detail)
         started = time.monotonic()
         with progress.around(study, f"mpsearch resume {shlex.quote(spec.name)}{storage_option(spec.storage)}"):
             study.run()
         _present(study, time.monotonic() - started)
+        if store.study(study.name).state == "gaps":
+            # Done, but for what the notices name.
+            raise typer.Exit(5)
 
 
 def _present(study: Study, seconds: float) -> None:

@@ -53,7 +53,7 @@ def estimators(
 
     progress = Progress(quiet or as_json)
     asked = _study(study, storage, workers)
-    asked.report = progress
+    asked.told = progress
     with closing(asked.store), progress.around(asked, "the same command"):
         outcome = asked.tournament(only or (), plans=plans, sizes=sizes, limit=limit)
     if as_json:

@@ -10,8 +10,12 @@ import typer
 
 from mpsearch import __version__
 from mpsearch.cli import (
+    bundle,
     compute,
+    db,
+    doctor,
     estimators,
+    explain,
     export,
     formats,
     measure,
@@ -19,11 +23,26 @@ from mpsearch.cli import (
     plans,
     profile,
     search,
+    serve,
+    service,
     solvers,
     stored,
     targets,
 )
-from mpsearch.errors import MpsearchError, ResourceError
+from mpsearch.errors import InputError, MpsearchError, ResourceError
+
+#: Command -> the heading that the help lists it under; the headings come in this order.
+_GROUPS = {
+    name: heading
+    for heading, names in {
+        "Studies": "demo run resume submit watch pause cancel logs search",
+        "Results": "show solve export measure plan",
+        "What there is": "layers formats estimators solvers targets profile",
+        "Sharing and keeping": "bundle unbundle db worker serve",
+        "Help": "doctor explain",
+    }.items()
+    for name in names.split()
+}
 
 app = typer.Typer(
     name="mpsearch",
@@ -34,8 +53,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
+    compute.demo,
     compute.run,
     compute.resume,
+    service.submit,
+    service.watch,
+    service.pause,
+    service.cancel,
+    service.logs,
     stored.solve,
     stored.show,
     export.export,
@@ -47,10 +72,16 @@ for command in (
     profile.profile,
     measure.measure,
     search.search,
-    compute.demo,
+    bundle.bundle,
+    bundle.unbundle,
+    serve.serve,
+    service.worker,
+    doctor.doctor,
+    explain.explain,
 ):
-    app.command()(command)
-app.add_typer(plans.app, name="plan")
+    app.command(rich_help_panel=_GROUPS.get(command.__name__))(command)
+app.add_typer(plans.app, name="plan", rich_help_panel=_GROUPS["plan"])
+app.add_typer(db.app, name="db", rich_help_panel=_GROUPS["db"])
 
 
 def _version(wanted: bool) -> None:
@@ -70,7 +101,8 @@ def _root(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line and end the process with its exit code.
 
-    0 done; 2 usage; 3 bad input; 4 infeasible; 6 storage; 7 resources; 8 refused for safety; 130 interrupted.
+    0 done; 2 usage; 3 bad input; 4 infeasible; 5 done with gaps; 6 storage; 7 resources; 8 refused for safety;
+    130 interrupted.
     """
     sys.exit(run(arguments))
 
@@ -97,7 +129,17 @@ def run(arguments: Sequence[str] | None = None) -> int:
         )
         sys.stderr.write(f"{missing}\n")
         return missing.exit_code
+    except OSError as error:
+        # A path that is too long, or that may not be looked at, can be met anywhere.
+        if options.DEBUG.get() or error.filename is None:
+            raise
+        wrong = InputError("E101", f"'{error.filename}' cannot be used: {error.strerror}", advice="name another path")
+        sys.stderr.write(f"{options.plain(str(wrong))}\n")
+        return wrong.exit_code
     except SystemExit as end:
+        if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
+            # No command was there yet, or none that has more to say.
+            sys.stderr.write("stopped; go on with: the same command\n")
         return end.code if isinstance(end.code, int) else 0
     return 0
 

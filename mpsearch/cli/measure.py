@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpsearch import registry
-from mpsearch.budget import TIMED, parse_budgets
 from mpsearch.cli.options import DEFAULT_STORAGE, Budgets, Json, Quiet, Storage, open_study
 from mpsearch.errors import InputError, UsageError
 
@@ -82,6 +80,8 @@ def measure(
         if plan_file:
             return
         raise UsageError("E115", "nothing to measure", advice="--latency, or --plan FILE for its loss")
+    from mpsearch.budget import parse_budgets
+
     study = open_study(name, storage)
     try:
         plan = study.plan(*(budget or []))
@@ -104,7 +104,7 @@ def _measure_losses(name: str, files: Sequence[Path], storage: str, quiet: bool,
     stems = [file.stem for file in files]
     plans = {str(file) if stems.count(file.stem) > 1 else file.stem: BitPlan.load(file) for file in files}
     study = open_study(name, storage)
-    study.report = progress = Progress(quiet)
+    study.told = progress = Progress(quiet)
     try:
         found = study.measure(plans)
         progress.end()
@@ -129,6 +129,7 @@ def compare(
         InputError: the study timed no kernels (E420), its engine runs no whole models (E431), or its times are of
             another machine (E430).
     """
+    from mpsearch import registry
     from mpsearch.cli.progress import Progress
     from mpsearch.hardware.bench import Bench
     from mpsearch.hardware.clock import Clock
@@ -172,6 +173,7 @@ def compare(
 
 def _budgets(budgets: Sequence[Budget], study: Study, plan: BitPlan, runs: Mapping[Step, Whole]) -> Iterator[Compared]:
     """Each budget of time, predicted and measured, and whether it is kept."""
+    from mpsearch.budget import TIMED
     from mpsearch.hardware.latency import Latency, predicted
     from mpsearch.workload import Workload
 

@@ -36,7 +36,7 @@ def profile(
 
     mpsearch profile ./model -f int4-g64 -f int8-g64 -w 'tpot at context 2048' -w 'ttft at prompt 512'
 
-    mpsearch run ./model --engine file:profile.json --budget 'tpot <= 14 ms at context 2048' …
+    mpsearch run ./model --engine file:profile.json --budget 'tpot <= 14 ms at context 2048'
     """
     from mpsearch.hardware.profile import Profile
     from mpsearch.hardware.requests import profile_request

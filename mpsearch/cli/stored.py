@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mpsearch.cli.options import DEFAULT_STORAGE, Budgets, Json, Storage, open_study
+from mpsearch.cli.options import DEFAULT_STORAGE, Budgets, Json, Storage, open_study, storage_option
 from mpsearch.errors import InputError, UsageError
 
 
@@ -95,18 +96,17 @@ def show(
     """
     from mpsearch import registry
     from mpsearch.cli.show import console, front_table, plan_table, safe, study_json
+    from mpsearch.cli.study_list import listed, study_lines
     from mpsearch.verdict import verdict
 
     if name is None:
         with registry.make("stores", "sql", url=storage, create=False, read_only=True) as store:
-            rows = store.studies()
+            rows, statuses = store.studies(), store.control.statuses()
         if as_json:
-            sys.stdout.write(
-                json.dumps([{"name": r.name, "state": r.state, "created": r.created} for r in rows]) + "\n"
-            )
+            sys.stdout.write(json.dumps(listed(rows, statuses)) + "\n")
             return
-        for row in rows:
-            sys.stdout.write(f"{safe(row.name)}  {row.state}  {row.created}\n")
+        for line in study_lines(statuses):
+            sys.stdout.write(f"{line}\n")
         if not rows:
             sys.stdout.write("no studies yet; start one with: mpsearch demo\n")
         return
@@ -117,7 +117,12 @@ def show(
             return
         plans, measurements = study.plans, study.measurements
         if not plans or not measurements:
-            raise InputError("E143", f"study '{name}' has no measured plan yet", advice=f"mpsearch resume {name}")
+            state = study.store.control.status(name).state
+            verb = "watch" if state in ("submitted", "running") else "resume"
+            raise InputError(
+                "E143", f"study '{name}' has no measured plan yet: it is {state}",
+                advice=f"mpsearch {verb} {shlex.quote(name)}{storage_option(storage)}",
+            )  # fmt: skip
         out = console()
         out.print(front_table(measurements, study.front, study.survey.layers.weights, plans[0].plan.assignment))
         out.print()

@@ -1,0 +1,265 @@
+"""Driving a study: its lease, the tasks that it offers, and waiting until all have ended."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from mpsearch.errors import MpsearchError, ResourceError
+from mpsearch.keeping import missing
+from mpsearch.keys import content_key
+from mpsearch.machine import fingerprint, is_gone, process_name
+from mpsearch.pace import Detail
+from mpsearch.ports import Executor, Store
+from mpsearch.records import PRIVATE, TaskRow, TaskState
+from mpsearch.tasks import Failed, Job
+from mpsearch.working import LEASE, Order, Work, Worker, as_error
+
+#: Seconds between two looks at tasks that others do, at least.
+_LOOK = 0.05
+#: Of the time, how much looking may take.
+_SHARE = 0.05
+#: Seconds after which tasks of a study whose driver is gone are offered again by those who wait for them.
+_AGAIN = 5.0
+#: Seconds after which everybody who waits for a task has seen that it is done.
+_SEEN = 60.0
+
+
+class Stopped(KeyboardInterrupt):
+    """Somebody asked for a study to be paused or cancelled.
+
+    Attributes:
+        wanted: ``pause`` or ``cancel``.
+    """
+
+    def __init__(self, wanted: str) -> None:
+        super().__init__(wanted)
+        self.wanted = wanted
+
+
+class Driver:
+    """The one process that works on a study: others may only do its tasks.
+
+    Use it as a context: the study belongs to this process inside.
+
+    Attributes:
+        study: name of the study.
+        progress: (phase, done, total) of what goes on, for those who watch.
+        detail: what else is worth knowing of it.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        study: str,
+        executor: Executor,
+        identity: Mapping[str, str],
+        setup: Mapping[str, Any],
+        *,
+        storage: str,
+        work: Work,
+        private: bool = False,
+        again: bool = True,
+        lease: float = LEASE,
+    ) -> None:
+        """Set up; nothing is claimed yet.
+
+        Args:
+            store: the database.
+            study: name of a stored study.
+            executor: starts the workers.
+            identity: digests of ``model``, ``calibration`` and ``validation``.
+            setup: how the data is cut and what is decided; with the identity, all that makes two tasks comparable.
+            storage: address of the database, for workers that open it themselves.
+            work: does tasks in this process.
+            private: the model is in this process only.
+            again: try again what failed or was given up in an earlier run.
+            lease: seconds that the study, or a task, stays claimed without a sign of life.
+        """
+        self.study = study
+        self.progress = ("", 0, 0)
+        self.detail = Detail()
+        self._store, self._executor, self._lease, self._work, self._again = store, executor, lease, work, again
+        conditions = fingerprint()
+        self._conditions = {
+            "identity": [identity[x] for x in ("model", "calibration", "validation")],
+            "conditions": conditions,
+        }
+        # Tasks on a model that is in this process are for this process.
+        whose = process_name() if private else ""
+        key = content_key([dict(identity), dict(setup), conditions, whose])
+        self.setup_key = f"{PRIVATE}{key}"[: len(key)] if private else key
+        self._order = Order(storage, (self.setup_key,), lease)
+        self._epoch = 0
+        self._name = process_name()
+        self._wanted = "run"
+        self._lost: MpsearchError | None = None
+        self._ended = threading.Event()
+        self._begun = False
+        self._doing: dict[str, Job] = {}
+
+    def __enter__(self) -> Self:
+        # Whoever runs a study wants it to run, whatever was wanted before.
+        self._store.control.want(self.study, "run")
+        self._epoch = self._store.control.drive(self.study, self._name, self._lease)
+        threading.Thread(target=self._beat, daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._dismiss(now=kind is not None and not issubclass(kind, Exception))
+        self._ended.set()
+
+    def _dismiss(self, now: bool) -> None:
+        if self._begun:
+            self._begun = False
+            self._executor.end(now)
+
+    def leave(self, state: str, reason: str = "", now: bool = False) -> None:
+        """End the workers and let go of the study, in some state; its tasks that nobody has begun are withdrawn.
+
+        Args:
+            state: where the study stands.
+            reason: why it failed.
+            now: do not wait for what the workers are doing.
+        """
+        self._dismiss(now)
+        self._ended.set()
+        if self._lost is not None:
+            # It is another process's now.
+            return
+        # How far it came, for those who look at it later.
+        self._store.control.beat(self.study, self._name, self._epoch, self._lease, *self.progress)
+        self._store.queue.withdraw(self.study)
+        self._store.queue.forget(self.study, older=_SEEN)
+        self._store.control.leave(self.study, self._name, self._epoch, state, reason)
+
+    def do(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Failed | None]]:
+        """Have jobs done, by whoever does them first, and yield (index, why there is no result) as they end.
+
+        Raises:
+            Stopped: somebody asked for it.
+            MpsearchError: as the work; a worker that died again and again for reasons of its own (E522).
+        """
+        pending = {job.key: i for i, job in enumerate(jobs)}
+        if not pending:
+            return
+        rows = [
+            TaskRow(job.key, self.setup_key, job.kind, {"job": job.to_json(), **self._conditions}, i)
+            for i, job in enumerate(jobs)
+        ]
+        self._offer(jobs, rows)
+        if not self._begun:
+            self._executor.begin(self._order, self._here, self._store.queue.lost)
+            self._begun = True
+        self._doing = {job.key: job for job in jobs}
+        try:
+            yield from self._until_done(pending, rows)
+        finally:
+            self._executor.rest()
+            if pending:
+                self._store.queue.withdraw(self.study)
+
+    def _offer(self, jobs: Sequence[Job], rows: Sequence[TaskRow]) -> None:
+        """Offer jobs, those too that failed or were given up in an earlier run, when a user runs the study again."""
+        queue = self._store.queue
+        keys = [job.key for job in jobs]
+        self._free(queue.states(keys))
+        queue.offer(self.study, rows, again=self._again)
+        states = queue.states(keys)
+        done = [job for job in jobs if states[job.key].state == "done"]
+        if gone := {job.key for job in missing(self._store, done)}:
+            # Somebody has removed what they gave.
+            queue.discard(sorted(gone))
+            queue.offer(self.study, [row for row in rows if row.key in gone])
+
+    def _free(self, states: Mapping[str, TaskState]) -> None:
+        """Free what is held by processes of this machine that have ended, without waiting for their leases."""
+        for worker in {state.worker for state in states.values() if state.state == "leased"}:
+            if is_gone(worker):
+                self._store.queue.lost(worker, "its process ended")
+
+    def _here(self) -> Worker:
+        return Worker(self._store, work=self._work, setups=(self.setup_key,), lease=self._lease)
+
+    def _until_done(self, pending: dict[str, int], rows: Sequence[TaskRow]) -> Iterator[tuple[int, Failed | None]]:
+        looked = offered = time.monotonic()
+        wait = _LOOK
+        while pending:
+            self._check()
+            worked = self._executor.turn()
+            for done in worked:
+                if done.key in pending:
+                    self._tell(done.key, done.failed is not None and done.failed.code == "E522", 0)
+                    if done.error is not None:
+                        raise done.error
+                    yield pending.pop(done.key), done.failed
+            now = time.monotonic()
+            if (worked and self._executor.inside) or now - looked < wait:
+                if not worked:
+                    time.sleep(min(wait, _LOOK))
+                continue
+            if now - offered > _AGAIN:
+                # A study that offered the same tasks may have lost its driver meanwhile.
+                self._store.queue.offer(self.study, [row for row in rows if row.key in pending])
+                offered = now
+            yield from self._look(pending)
+            looked = time.monotonic()
+            wait = max(_LOOK, (looked - now) / _SHARE)
+
+    def _look(self, pending: dict[str, int]) -> Iterator[tuple[int, Failed | None]]:
+        states = self._store.queue.states(list(pending))
+        self._free(states)
+        for key, state in states.items():
+            if state.state != "ready":
+                self._tell(key, state.state == "dead", state.deaths if state.state == "done" else 0)
+            if state.state == "done":
+                yield pending.pop(key), None
+            elif state.state == "failed":
+                yield pending.pop(key), _failed(state.reason)
+            elif state.state == "dead":
+                text = f"given up after it ended {state.deaths} workers: {state.reason.get('message', '')}"
+                yield pending.pop(key), Failed("E522", text)
+
+    def _tell(self, key: str, given_up: bool, retried: int) -> None:
+        doing, now = self._doing[key].describe(), self.detail
+        self.detail = Detail(self._executor.workers, now.retried + retried, now.gaps + given_up, doing)
+
+    def _check(self) -> None:
+        if self._lost is not None:
+            raise self._lost
+        if self._wanted != "run":
+            raise Stopped(self._wanted)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(min(2.0, self._lease / 3)):
+            phase, done, total = self.progress
+            try:
+                self._wanted = self._store.control.beat(
+                    self.study, self._name, self._epoch, self._lease, phase, done, total
+                )
+                # Workers look for lapsed leases only once there is nothing else to claim.
+                self._store.queue.sweep()
+            except MpsearchError as error:
+                if error.code == "E523":
+                    self._lost = ResourceError(
+                        "E523",
+                        f"study '{self.study}' was taken over by another process, for this one gave no sign of life",
+                        advice="nothing is lost; mpsearch watch shows how it goes on",
+                    )
+                    return
+
+
+def _failed(reason: Mapping[str, Any]) -> Failed:
+    """Read why a task has no result.
+
+    Raises:
+        MpsearchError: an error that ends the study, and not this task alone.
+    """
+    if not (reason.get("data") or {}).get("expected"):
+        raise as_error(reason)
+    return Failed(str(reason["code"]), str(reason["message"]))

@@ -1,0 +1,197 @@
+"""A worker that joins a database by itself: it does tasks of any study, and drives studies that nobody drives."""
+
+from __future__ import annotations
+
+import math
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from os import getpid
+from typing import Any
+
+from mpsearch import registry
+from mpsearch.driving import Stopped
+from mpsearch.errors import MpsearchError
+from mpsearch.machine import fingerprint, process_name
+from mpsearch.ports import Store
+from mpsearch.records import WorkerRow
+from mpsearch.spec import StudySpec
+from mpsearch.studying import Study
+from mpsearch.working import LEASE, OF_THE_MACHINE, Worker
+
+#: Seconds between two looks at a database without work.
+_PAUSE = (0.05, 2.0)
+#: Seconds between two signs of life of a worker.
+_HELLO = 10.0
+#: Exit codes of errors that another machine would meet as well: usage, bad input, infeasible.
+_OF_THE_QUESTION = (2, 3, 4)
+
+
+def join(
+    storage: str,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    idle: float = math.inf,
+    told: Callable[[str], None] = lambda text: None,
+    lease: float = LEASE,
+) -> int:
+    """Do whatever tasks a database has, and drive studies that were submitted or that lost their driver.
+
+    What cannot be done on this machine, for the model is not here or its versions differ, is left to others.
+
+    Args:
+        storage: address of the database.
+        stop: asked between tasks.
+        idle: seconds without work after which the worker leaves.
+        told: called with a line for people about what is done.
+        lease: seconds that a task stays claimed without a sign of life.
+
+    Returns:
+        How many tasks were done, those of driven studies included.
+    """
+    with registry.make("stores", "sql", url=storage) as store:
+        joined = _Joined(store, storage, told, lease)
+        try:
+            return joined.work(stop, idle)
+        finally:
+            joined.leave()
+
+
+class _Joined:
+    def __init__(self, store: Store, storage: str, told: Callable[[str], None], lease: float) -> None:
+        self._store, self._storage, self._told = store, storage, told
+        self._worker = Worker(store, process_name(), lease=lease, joined=True)
+        self._refused: set[str] = set()
+        self._done = 0
+        self._doing = "waiting"
+        self._left = threading.Event()
+
+    def work(self, stop: Callable[[], bool], idle: float) -> int:
+        pause, last = _PAUSE[0], time.monotonic()
+        self._hello()
+        # A task, or a study that is driven, may take hours.
+        threading.Thread(target=self._go_on_greeting, daemon=True).start()
+        while not stop():
+            if self._step() or self._adopt():
+                pause, last = _PAUSE[0], time.monotonic()
+                continue
+            self._doing = "waiting"
+            if time.monotonic() - last > idle:
+                break
+            time.sleep(pause)
+            pause = min(_PAUSE[1], 1.5 * pause)
+        return self._done
+
+    def leave(self) -> None:
+        self._left.set()
+        self._worker.stop()
+        with suppress(MpsearchError):
+            self._store.control.bye(self._worker.name)
+
+    def _step(self) -> bool:
+        declined = len(self._worker.declined)
+        done = self._worker.step()
+        if len(self._worker.declined) > declined:
+            self._told(f"left to others: {list(self._worker.declined.values())[-1]}")
+        elif done is not None:
+            self._done += 1
+            self._doing = f"{self._done} tasks done"
+        return done is not None
+
+    def _adopt(self) -> bool:
+        """Drive a study that waits for a driver; say whether there was one."""
+        for name in self._store.control.waiting():
+            if name in self._refused:
+                continue
+            self._told(f"study '{name}'")
+            self._doing = f"drives {name}"[:300]
+            self._hello()
+            try:
+                # What ended its last driver must not end one after the other.
+                again = self._store.control.status(name).state != "interrupted"
+                self._done += drive_stored(self._store, name, self._storage, again=again, joined=True).computed
+            except Stopped as stopped:
+                self._told(f"study '{name}': {stopped.wanted}")
+            except MpsearchError as error:
+                # The model is not here, or the question has no answer; or somebody was quicker, and may yet fail.
+                if error.code not in ("E144", "E601", "E608"):
+                    self._refused.add(name)
+                self._told(f"study '{name}': {error.code} {error.message}")
+            return True
+        return False
+
+    def _hello(self) -> None:
+        row = WorkerRow(self._worker.name, socket.gethostname(), getpid(), self._doing, fingerprint())
+        self._store.control.hello(row)
+
+    def _go_on_greeting(self) -> None:
+        while not self._left.wait(_HELLO):
+            # The database may be away for a moment.
+            with suppress(MpsearchError):
+                self._hello()
+
+
+def drive_stored(
+    store: Store,
+    name: str,
+    storage: str,
+    *,
+    workers: int = 1,
+    executor: str = "local",
+    settings: Mapping[str, Any] | None = None,
+    again: bool = True,
+    joined: bool = False,
+) -> Study:
+    """Run a stored study to its end, and log what a user should know.
+
+    Args:
+        store: the database.
+        name: the study.
+        storage: address of the database.
+        workers: processes that compute.
+        executor: where they run.
+        settings: of the executor.
+        again: try again what failed, or was given up, in an earlier run.
+        joined: nobody asked this machine in particular, so what it lacks is no fault of the question.
+
+    Raises:
+        as `Study.run`; a question that has no answer is noted as the study's failure as well.
+    """
+    try:
+        return _driven(store, name, storage, workers, executor, settings or {}, again)
+    except MpsearchError as error:
+        store.control.log(name, "error", f"{error.code} {error.message}")
+        if not (joined and error.code in OF_THE_MACHINE):
+            _note_failure(store, name, error)
+        raise
+
+
+def _note_failure(store: Store, name: str, error: MpsearchError) -> None:
+    """Say why a study failed that nobody could begin to drive; else all who join would try, one after the other."""
+    if store.control.status(name).state == "submitted" and error.exit_code in _OF_THE_QUESTION:
+        epoch = store.control.drive(name, process_name(), LEASE)
+        store.control.leave(name, process_name(), epoch, "failed", f"{error.code} {error.message}")
+
+
+def _driven(
+    store: Store, name: str, storage: str, workers: int, executor: str, settings: Mapping[str, Any], again: bool
+) -> Study:
+    spec = StudySpec.from_question(store.study(name).spec, storage)
+    study = Study(replace(spec, workers=workers, executor=executor, executor_settings=dict(settings)), store)
+    study.again = again
+    phase = ""
+
+    def tell(now: str, done: int, total: int) -> None:
+        nonlocal phase
+        if now != phase:
+            phase = now
+            store.control.log(name, "phase", f"{now} {done}/{total}")
+
+    study.told = tell
+    study.run()
+    for notice in study.notices:
+        store.control.log(name, "notice", str(notice))
+    return study

@@ -1,0 +1,141 @@
+"""Handing a study over: to a process of its own, to the workers of a database, or to a Ray cluster."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mpsearch import registry
+from mpsearch.errors import InputError, ResourceError, StorageError
+from mpsearch.ports import Store
+from mpsearch.records import EventRow, StudyStatus
+from mpsearch.spec import StudySpec
+
+#: States in which nothing more happens by itself.
+ENDED = ("complete", "gaps", "failed", "paused", "cancelled")
+#: Seconds without a sign of life after which a worker counts as gone.
+_SEEN = 30.0
+
+
+def submit(spec: StudySpec, store: Store, *, background: bool | None = None) -> str:
+    """Note a study to be run, and see that somebody will.
+
+    Args:
+        spec: the question; its ``workers`` and ``executor`` are used by a process started for it.
+        store: an open store.
+        background: start a process for it on this machine; None: only when no worker has joined the database.
+
+    Returns:
+        Name of the study.
+
+    Raises:
+        StorageError: the name has another question (E140), which is not one that had no answer.
+        InputError: a database in memory, which nobody else can open (E115).
+        ResourceError: the process cannot be started (E526).
+    """
+    registry.make("estimators", spec.estimator, **spec.estimator_settings)
+    if spec.solver != "auto":
+        registry.make("solvers", spec.solver, **spec.solver_settings)
+    if not store.shared:
+        raise InputError(
+            "E115", "a database in memory cannot be opened by others", advice="storage = 'sqlite:///results.db'"
+        )
+    _name(spec, store)
+    store.control.submit(spec.name, socket.gethostname())
+    if background is None:
+        background = not any(worker_is_here(store))
+    if background:
+        start(spec, store.address)
+    return spec.name
+
+
+def _name(spec: StudySpec, store: Store) -> None:
+    """Give a question its name, also one that was taken by a question without an answer."""
+    try:
+        store.create_study(spec.name, spec.question())
+    except StorageError as error:
+        if (
+            error.code != "E140"
+            or store.control.status(spec.name).state != "failed"
+            or store.links(spec.name, "survey")
+        ):
+            raise
+        store.control.drop(spec.name)
+        store.create_study(spec.name, spec.question())
+
+
+def worker_is_here(store: Store) -> Iterator[str]:
+    """Names of workers that have joined a database and gave a sign of life."""
+    rows = store.control.workers()
+    now = store.control.clock()
+    return (row.name for row in rows if now - row.seen < _SEEN)
+
+
+def start(spec: StudySpec, address: str) -> int:
+    """Start a process that drives a study, and goes on when this one ends; return its number.
+
+    What it prints goes to the study's log in the database; a failure before that is in a file beside the outputs.
+
+    Raises:
+        ResourceError: it cannot be started (E526).
+    """
+    folder = Path(spec.out)
+    command = [
+        sys.executable,
+        "-m",
+        "mpsearch.cli.main",
+        "worker",
+        "--study",
+        spec.name,
+        "--workers",
+        str(spec.workers),
+    ]
+    if spec.executor != "local":
+        command += ["--executor", spec.executor]
+        for name, value in spec.executor_settings.items():
+            command += ["--set", f"{name}={value}"]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"{_plain(spec.name)}.log").open("wb") as log:
+            # The address may hold a password, which a list of processes would show.
+            environment = {**os.environ, "MPSEARCH_STORAGE": address}
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+    except OSError as error:
+        raise ResourceError(
+            "E526", f"cannot start a process for study '{spec.name}': {error.strerror}",
+            advice=f"mpsearch worker --study {spec.name}",
+        ) from error  # fmt: skip
+    # Somebody must take note of its end, or its number stays taken for as long as this process lives.
+    threading.Thread(target=process.wait, daemon=True).start()
+    return process.pid
+
+
+def _plain(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name).strip(".") or "study"
+
+
+def watch(store: Store, name: str, every: float = 0.5) -> Iterator[tuple[StudyStatus, Sequence[EventRow]]]:
+    """Yield what a study does, and its new log lines, until it has ended.
+
+    Args:
+        store: an open store.
+        name: the study.
+        every: seconds between two looks.
+    """
+    after = 0
+    while True:
+        status = store.control.status(name)
+        lines = store.control.lines(name, after)
+        after = lines[-1].id if lines else after
+        yield status, lines
+        if status.state in ENDED:
+            return
+        time.sleep(every)
