@@ -3,15 +3,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CODE := mpsearch tests studies benchmarks examples
-BENCHMARKS := frontier curvature solving solvers solver_fronts search joint_menu formats kill_study tournament streaming \
+BENCHMARKS := frontier curvature solving solvers solver_fronts search joint_menu formats tournament streaming \
   architectures
 
-.PHONY: demo test lint bench browser verify-exports clean
+# Each takes from minutes to an hour; benchmarks.team needs a server and is run by hand.
+NIGHTLY := storage_load storage_million files_killed fuzz http_load chaos determinism overhead
+
+.PHONY: demo test lint bench nightly browser server verify-exports clean
 
 demo: $(STAMP) ## search, measure and export the bundled model
 	$(BIN)/mpsearch demo
 
-test: browser lint ## everything that a change must pass
+test: browser server lint ## everything that a change must pass
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 browser: ## the report is tested in a real browser
@@ -19,6 +22,12 @@ browser: ## the report is tested in a real browser
 	  as_root=$$([ "$$(id -u)" -eq 0 ] || echo sudo); \
 	  $$as_root apt-get update -qq && \
 	  $$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium; }
+
+server: ## the results database is tested on a real PostgreSQL
+	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || { \
+	  as_root=$$([ "$$(id -u)" -eq 0 ] || echo sudo); \
+	  $$as_root apt-get update -qq && \
+	  $$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq postgresql; }
 
 lint: $(STAMP) ## style, types and the direction of imports
 	$(BIN)/ruff check $(wildcard $(CODE))
@@ -28,6 +37,9 @@ lint: $(STAMP) ## style, types and the direction of imports
 
 bench: $(STAMP) ## run every benchmark in turn
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
+
+nightly: $(STAMP) ## run every long harness in turn: load, kills, faults, bad input
+	@set -e; for name in $(NIGHTLY); do echo "== $$name"; OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name; done
 
 verify-exports: $(STAMP) ## have every target's own library read an export back; takes an hour the first time
 	$(BIN)/python -m benchmarks.verify_exports

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from mpsearch.errors import MpsearchError, ResourceError
+from mpsearch.errors import MpsearchError, ResourceError, StorageError
 from mpsearch.keeping import missing
 from mpsearch.keys import content_key
 from mpsearch.machine import fingerprint, is_gone, process_name
@@ -29,15 +30,31 @@ _SEEN = 60.0
 
 
 class Stopped(KeyboardInterrupt):
-    """Somebody asked for a study to be paused or cancelled.
+    """Somebody asked for a study to be paused or cancelled, or its process to leave it to others.
 
     Attributes:
-        wanted: ``pause`` or ``cancel``.
+        wanted: ``pause``, ``cancel`` or ``leave``.
     """
 
     def __init__(self, wanted: str) -> None:
         super().__init__(wanted)
         self.wanted = wanted
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On what terms a process drives a study.
+
+    Attributes:
+        again: try again what failed, or was given up, in an earlier run.
+        adopts: nobody asked this process in particular: it drives a study only if that still waits for somebody, and
+            leaves it to others when it has to end, or lacks something.
+        stop: asked between tasks; True when the process has to end.
+    """
+
+    again: bool = True
+    adopts: bool = False
+    stop: Callable[[], bool] = lambda: False
 
 
 class Driver:
@@ -62,7 +79,7 @@ class Driver:
         storage: str,
         work: Work,
         private: bool = False,
-        again: bool = True,
+        terms: Terms | None = None,
         lease: float = LEASE,
     ) -> None:
         """Set up; nothing is claimed yet.
@@ -76,13 +93,14 @@ class Driver:
             storage: address of the database, for workers that open it themselves.
             work: does tasks in this process.
             private: the model is in this process only.
-            again: try again what failed or was given up in an earlier run.
+            terms: on what terms; those of a user who runs the study when None.
             lease: seconds that the study, or a task, stays claimed without a sign of life.
         """
         self.study = study
         self.progress = ("", 0, 0)
         self.detail = Detail()
-        self._store, self._executor, self._lease, self._work, self._again = store, executor, lease, work, again
+        self._store, self._executor, self._lease, self._work = store, executor, lease, work
+        self._terms = terms or Terms()
         conditions = fingerprint()
         self._conditions = {
             "identity": [identity[x] for x in ("model", "calibration", "validation")],
@@ -102,9 +120,7 @@ class Driver:
         self._doing: dict[str, Job] = {}
 
     def __enter__(self) -> Self:
-        # Whoever runs a study wants it to run, whatever was wanted before.
-        self._store.control.want(self.study, "run")
-        self._epoch = self._store.control.drive(self.study, self._name, self._lease)
+        self._epoch = self._store.control.drive(self.study, self._name, self._lease, adopt=self._terms.adopts)
         threading.Thread(target=self._beat, daemon=True).start()
         return self
 
@@ -132,11 +148,22 @@ class Driver:
         if self._lost is not None:
             # It is another process's now.
             return
-        # How far it came, for those who look at it later.
-        self._store.control.beat(self.study, self._name, self._epoch, self._lease, *self.progress)
-        self._store.queue.withdraw(self.study)
-        self._store.queue.forget(self.study, older=_SEEN)
-        self._store.control.leave(self.study, self._name, self._epoch, state, reason)
+        control, queue, mine = self._store.control, self._store.queue, (self.study, self._name, self._epoch)
+        try:
+            # How far it came, for those who look at it later.
+            control.beat(*mine, self._lease, *self.progress)
+            queue.withdraw(self.study, self._epoch)
+            queue.forget(self.study, older=_SEEN, epoch=self._epoch)
+            control.leave(*mine, state, reason)
+        except StorageError as error:
+            if error.code != "E523":
+                raise
+
+    def drop(self) -> None:
+        """Forget the study, if it is still this process's."""
+        self._dismiss(now=True)
+        self._ended.set()
+        self._store.control.drop(self.study, self._name, self._epoch)
 
     def do(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Failed | None]]:
         """Have jobs done, by whoever does them first, and yield (index, why there is no result) as they end.
@@ -148,10 +175,7 @@ class Driver:
         pending = {job.key: i for i, job in enumerate(jobs)}
         if not pending:
             return
-        rows = [
-            TaskRow(job.key, self.setup_key, job.kind, {"job": job.to_json(), **self._conditions}, i)
-            for i, job in enumerate(jobs)
-        ]
+        rows = self.rows(jobs)
         self._offer(jobs, rows)
         if not self._begun:
             self._executor.begin(self._order, self._here, self._store.queue.lost)
@@ -162,17 +186,24 @@ class Driver:
         finally:
             self._executor.rest()
             if pending:
-                self._store.queue.withdraw(self.study)
+                self._store.queue.withdraw(self.study, self._epoch)
+
+    def rows(self, jobs: Sequence[Job]) -> list[TaskRow]:
+        """Jobs as tasks that any worker of the database can do."""
+        return [
+            TaskRow(job.key, self.setup_key, job.kind, {"job": job.to_json(), **self._conditions}, i)
+            for i, job in enumerate(jobs)
+        ]
 
     def _offer(self, jobs: Sequence[Job], rows: Sequence[TaskRow]) -> None:
         """Offer jobs, those too that failed or were given up in an earlier run, when a user runs the study again."""
         queue = self._store.queue
         keys = [job.key for job in jobs]
         self._free(queue.states(keys))
-        queue.offer(self.study, rows, again=self._again)
-        states = queue.states(keys)
-        done = [job for job in jobs if states[job.key].state == "done"]
-        if gone := {job.key for job in missing(self._store, done)}:
+        queue.offer(self.study, rows, again=self._terms.again)
+        # A study that had offered the same may have withdrawn it meanwhile: that is seen to later.
+        done = {key for key, state in queue.states(keys).items() if state.state == "done"}
+        if gone := {job.key for job in missing(self._store, [job for job in jobs if job.key in done])}:
             # Somebody has removed what they gave.
             queue.discard(sorted(gone))
             queue.offer(self.study, [row for row in rows if row.key in gone])
@@ -188,7 +219,7 @@ class Driver:
 
     def _until_done(self, pending: dict[str, int], rows: Sequence[TaskRow]) -> Iterator[tuple[int, Failed | None]]:
         looked = offered = time.monotonic()
-        wait = _LOOK
+        wait, inside = _LOOK, self._executor.inside
         while pending:
             self._check()
             worked = self._executor.turn()
@@ -199,17 +230,27 @@ class Driver:
                         raise done.error
                     yield pending.pop(done.key), done.failed
             now = time.monotonic()
-            if (worked and self._executor.inside) or now - looked < wait:
+            # Who works here looks at what others do less often.
+            if now - looked < (max(wait, _AGAIN) if worked and inside else wait):
                 if not worked:
                     time.sleep(min(wait, _LOOK))
                 continue
             if now - offered > _AGAIN:
-                # A study that offered the same tasks may have lost its driver meanwhile.
-                self._store.queue.offer(self.study, [row for row in rows if row.key in pending])
+                yield from self._offer_again(pending, rows)
                 offered = now
             yield from self._look(pending)
             looked = time.monotonic()
             wait = max(_LOOK, (looked - now) / _SHARE)
+
+    def _offer_again(self, pending: dict[str, int], rows: Sequence[TaskRow]) -> Iterator[tuple[int, None]]:
+        """Offer what a study had offered that has ended, or lost its driver; what is done already is not done again."""
+        orphans = set(self._store.queue.orphans(self.study, list(pending)))
+        if not orphans:
+            return
+        without = {job.key for job in missing(self._store, [self._doing[key] for key in orphans])}
+        for key in orphans - without:
+            yield pending.pop(key), None
+        self._store.queue.offer(self.study, [row for row in rows if row.key in without])
 
     def _look(self, pending: dict[str, int]) -> Iterator[tuple[int, Failed | None]]:
         states = self._store.queue.states(list(pending))
@@ -234,6 +275,8 @@ class Driver:
             raise self._lost
         if self._wanted != "run":
             raise Stopped(self._wanted)
+        if self._terms.stop():
+            raise Stopped("leave")
 
     def _beat(self) -> None:
         while not self._ended.wait(min(2.0, self._lease / 3)):

@@ -13,8 +13,8 @@ from os import getpid
 from typing import Any
 
 from mpsearch import registry
-from mpsearch.driving import Stopped
-from mpsearch.errors import MpsearchError
+from mpsearch.driving import Stopped, Terms
+from mpsearch.errors import MpsearchError, StorageError
 from mpsearch.machine import fingerprint, process_name
 from mpsearch.ports import Store
 from mpsearch.records import WorkerRow
@@ -28,6 +28,8 @@ _PAUSE = (0.05, 2.0)
 _HELLO = 10.0
 #: Exit codes of errors that another machine would meet as well: usage, bad input, infeasible.
 _OF_THE_QUESTION = (2, 3, 4)
+#: Somebody else drives the study now, or the database is away or busy: another time it may be otherwise.
+_PASSING = ("E144", "E145", "E523", "E601", "E607", "E608", "E609")
 
 
 def join(
@@ -75,7 +77,7 @@ class _Joined:
         # A task, or a study that is driven, may take hours.
         threading.Thread(target=self._go_on_greeting, daemon=True).start()
         while not stop():
-            if self._step() or self._adopt():
+            if self._patiently(self._step) or self._patiently(lambda: self._adopt(stop)):
                 pause, last = _PAUSE[0], time.monotonic()
                 continue
             self._doing = "waiting"
@@ -91,6 +93,17 @@ class _Joined:
         with suppress(MpsearchError):
             self._store.control.bye(self._worker.name)
 
+    def _patiently(self, work: Callable[[], bool]) -> bool:
+        """Do something with a database that may be away for a while."""
+        try:
+            return work()
+        except StorageError as error:
+            if error.code not in _PASSING:
+                raise
+            self._told(f"{error.code} {error.message}; waiting")
+            time.sleep(_PAUSE[1])
+            return False
+
     def _step(self) -> bool:
         declined = len(self._worker.declined)
         done = self._worker.step()
@@ -101,7 +114,7 @@ class _Joined:
             self._doing = f"{self._done} tasks done"
         return done is not None
 
-    def _adopt(self) -> bool:
+    def _adopt(self, stop: Callable[[], bool]) -> bool:
         """Drive a study that waits for a driver; say whether there was one."""
         for name in self._store.control.waiting():
             if name in self._refused:
@@ -112,14 +125,20 @@ class _Joined:
             try:
                 # What ended its last driver must not end one after the other.
                 again = self._store.control.status(name).state != "interrupted"
-                self._done += drive_stored(self._store, name, self._storage, again=again, joined=True).computed
+                terms = Terms(again, adopts=True, stop=stop)
+                self._done += drive_stored(self._store, name, self._storage, terms=terms).computed
             except Stopped as stopped:
                 self._told(f"study '{name}': {stopped.wanted}")
             except MpsearchError as error:
                 # The model is not here, or the question has no answer; or somebody was quicker, and may yet fail.
-                if error.code not in ("E144", "E601", "E608"):
+                if error.code not in _PASSING:
                     self._refused.add(name)
                 self._told(f"study '{name}': {error.code} {error.message}")
+            except Exception as error:
+                # A fault of a plug-in or of ours, on this study, must not end the work on all others.
+                self._refused.add(name)
+                self._store.control.log(name, "error", f"{type(error).__name__}: {error}")
+                self._told(f"study '{name}': {type(error).__name__}: {error}")
             return True
         return False
 
@@ -142,8 +161,7 @@ def drive_stored(
     workers: int = 1,
     executor: str = "local",
     settings: Mapping[str, Any] | None = None,
-    again: bool = True,
-    joined: bool = False,
+    terms: Terms | None = None,
 ) -> Study:
     """Run a stored study to its end, and log what a user should know.
 
@@ -154,17 +172,19 @@ def drive_stored(
         workers: processes that compute.
         executor: where they run.
         settings: of the executor.
-        again: try again what failed, or was given up, in an earlier run.
-        joined: nobody asked this machine in particular, so what it lacks is no fault of the question.
+        terms: on what terms; as if a user ran it when None.
 
     Raises:
         as `Study.run`; a question that has no answer is noted as the study's failure as well.
     """
+    terms = terms or Terms()
     try:
-        return _driven(store, name, storage, workers, executor, settings or {}, again)
+        return _driven(store, name, storage, workers, executor, settings or {}, terms)
     except MpsearchError as error:
+        if error.code in _PASSING:
+            raise
         store.control.log(name, "error", f"{error.code} {error.message}")
-        if not (joined and error.code in OF_THE_MACHINE):
+        if not (terms.adopts and error.code in OF_THE_MACHINE):
             _note_failure(store, name, error)
         raise
 
@@ -172,16 +192,18 @@ def drive_stored(
 def _note_failure(store: Store, name: str, error: MpsearchError) -> None:
     """Say why a study failed that nobody could begin to drive; else all who join would try, one after the other."""
     if store.control.status(name).state == "submitted" and error.exit_code in _OF_THE_QUESTION:
+        # What was computed under other conditions is none the worse for it.
+        state = "paused" if error.code == "E142" else "failed"
         epoch = store.control.drive(name, process_name(), LEASE)
-        store.control.leave(name, process_name(), epoch, "failed", f"{error.code} {error.message}")
+        store.control.leave(name, process_name(), epoch, state, f"{error.code} {error.message}")
 
 
 def _driven(
-    store: Store, name: str, storage: str, workers: int, executor: str, settings: Mapping[str, Any], again: bool
+    store: Store, name: str, storage: str, workers: int, executor: str, settings: Mapping[str, Any], terms: Terms
 ) -> Study:
     spec = StudySpec.from_question(store.study(name).spec, storage)
     study = Study(replace(spec, workers=workers, executor=executor, executor_settings=dict(settings)), store)
-    study.again = again
+    study.terms = terms
     phase = ""
 
     def tell(now: str, done: int, total: int) -> None:

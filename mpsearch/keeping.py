@@ -52,14 +52,21 @@ def kept(job: Job, result: Any) -> Kept:
     return Kept((ValueRow("measurement", job.goes, body, {"seconds": body.pop("seconds")}),))
 
 
+#: Kind of job -> kind of the value that it gives.
+_VALUES = {"survey": "survey", "ratios": "ratios", "measure": "measurement"}
+
+
 def missing(store: Store, jobs: Sequence[Job]) -> list[Job]:
     """Jobs whose results a store does not hold."""
     cells: dict[str, set[tuple[str, str, int]]] = {}
+    keys: dict[str, list[str]] = {}
+    for job in jobs:
+        keys.setdefault(_VALUES.get(job.kind, ""), []).append(job.goes)
+    known = {kind: store.get_many(kind, goes) for kind, goes in keys.items() if kind}
     found = []
     for job in jobs:
         if not isinstance(job.task, ScoreTask):
-            kind = "measurement" if job.kind == "measure" else job.kind
-            if store.get(kind, job.goes) is None:
+            if job.goes not in known[_VALUES[job.kind]]:
                 found.append(job)
             continue
         if job.goes not in cells:

@@ -63,10 +63,18 @@ def _boot() -> str:
         return ""
 
 
+def _namespace() -> str:
+    """Number of the set of processes that this one sees; containers may share a host name, and each has its own."""
+    try:
+        return str(os.stat("/proc/self/ns/pid").st_ino)
+    except OSError:
+        return ""
+
+
 def process_name(pid: int | None = None) -> str:
-    """Name a process of this machine so that no later one has the same name: ``host:boot:pid:start``."""
+    """Name a process of this machine so that no later one has the same name: ``host:boot-namespace:pid:start``."""
     pid = os.getpid() if pid is None else pid
-    return f"{socket.gethostname().replace(':', '_')}:{_boot()}:{pid}:{_started(pid)}"
+    return f"{socket.gethostname().replace(':', '_')}:{_boot()}-{_namespace()}:{pid}:{_started(pid)}"
 
 
 def is_gone(name: str) -> bool:
@@ -81,7 +89,8 @@ def is_gone(name: str) -> bool:
     if len(parts) < 4 or not parts[2].isdigit():
         return False
     here = process_name().split(":")
-    if parts[0] != here[0] or not os.path.isdir("/proc/self"):
+    (boot, _, space), (boot_here, _, space_here) = parts[1].partition("-"), here[1].partition("-")
+    if parts[0] != here[0] or space != space_here or not os.path.isdir("/proc/self"):
         return False
     # After a new start of the machine nothing from before is alive.
-    return parts[1] != here[1] or _started(int(parts[2])) != parts[3]
+    return boot != boot_here or _started(int(parts[2])) != parts[3]

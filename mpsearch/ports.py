@@ -244,16 +244,20 @@ class Queue(Protocol):
         """Return how many tasks of a study are in each state."""
         ...
 
-    def withdraw(self, study: str) -> None:
-        """Remove the tasks of a study that nobody has begun."""
+    def orphans(self, study: str, keys: Sequence[str]) -> list[str]:
+        """Return the tasks that nobody will end: absent ones, and unfinished ones of others whom nobody drives now."""
+        ...
+
+    def withdraw(self, study: str, epoch: int | None = None) -> None:
+        """Remove the tasks of a study that nobody has begun; with an epoch, only if it is still the driver's."""
         ...
 
     def discard(self, keys: Sequence[str]) -> None:
         """Remove tasks that are done."""
         ...
 
-    def forget(self, study: str, older: float = 0.0) -> None:
-        """Remove the tasks of a study that were done so many seconds ago or more."""
+    def forget(self, study: str, older: float = 0.0, epoch: int | None = None) -> None:
+        """Remove the tasks of a study that were done so many seconds ago or more; for the epoch see `withdraw`."""
         ...
 
 
@@ -264,8 +268,11 @@ class Control(Protocol):
         """Leave a study to whoever drives it first."""
         ...
 
-    def drive(self, name: str, owner: str, lease: float) -> int:
-        """Take a study to drive it, and return the epoch that proves it; E144 when another process drives it."""
+    def drive(self, name: str, owner: str, lease: float, adopt: bool = False) -> int:
+        """Take a study to drive it, and return the epoch that proves it; E144 when another process drives it.
+
+        It is wanted to run from then on; with ``adopt`` only one that waits is taken, else E145.
+        """
         ...
 
     def beat(self, name: str, owner: str, epoch: int, lease: float, phase: str, done: int, total: int) -> str:
@@ -276,8 +283,8 @@ class Control(Protocol):
         """End driving, in some state; E523 when it was taken over."""
         ...
 
-    def drop(self, name: str) -> None:
-        """Remove a study with its links, tasks and log; the values stay."""
+    def drop(self, name: str, owner: str = "", epoch: int = 0) -> None:
+        """Remove a study with its links, tasks and log; the values stay. With an owner, only one that it drives."""
         ...
 
     def unlink(self, name: str) -> None:

@@ -184,7 +184,8 @@ class StudyStatus:
 
     Attributes:
         name: its name.
-        state: as in `StudyRow`, or ``interrupted``: it says running, and nobody drives it.
+        state: as in `StudyRow`, or ``interrupted``: it says running, and nobody drives it. One that shall
+            pause or be cancelled is ``paused`` or ``cancelled`` then.
         wanted: ``run``, ``pause`` or ``cancel``.
         phase: what the driver does now, such as ``score``.
         done: steps of the phase that are done.
@@ -192,7 +193,7 @@ class StudyStatus:
         reason: why it failed.
         home: the machine that submitted it; empty for a study that was run in place.
         driver: the process that drives it; empty for none.
-        live: whether the driver's lease is still good.
+        live: whether the driver's lease is still good, and its process not known to have ended.
         updated: ISO time, UTC, of the last change of state.
     """
 

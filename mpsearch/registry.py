@@ -1,8 +1,8 @@
 """Names users type, and the code behind them, loaded on first use.
 
 Plug-ins join through entry points of the groups ``mpsearch.estimators``, ``mpsearch.targets``, ``mpsearch.engines``,
-``mpsearch.solvers``, ``mpsearch.searchers``, ``mpsearch.evaluators``, ``mpsearch.exporters`` and
-``mpsearch.formats``.
+``mpsearch.solvers``, ``mpsearch.searchers``, ``mpsearch.evaluators``, ``mpsearch.exporters``,
+``mpsearch.executors`` and ``mpsearch.formats``.
 """
 
 from __future__ import annotations

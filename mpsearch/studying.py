@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from mpsearch import registry, rivals
-from mpsearch.driving import Driver, Stopped
+from mpsearch.driving import Driver, Stopped, Terms
 from mpsearch.errors import InputError, MpsearchError, Notice, ResourceError
 from mpsearch.formats.kv_cache import KvCache, check_length
 from mpsearch.front import ParetoFront
@@ -27,6 +27,7 @@ from mpsearch.session import Session
 from mpsearch.spec import StudySpec
 from mpsearch.stored_study import StoredStudy
 from mpsearch.tasks import Failed, Job, RatioTask, Survey, SurveyTask
+from mpsearch.working import OF_THE_MACHINE
 
 if TYPE_CHECKING:
     from mpsearch.front import Measurement
@@ -54,7 +55,7 @@ class Study(StoredStudy):
         notices: what a user should know about the last run.
         computed: how many tasks the last run had computed: 0 when all was known.
         told: called with (phase, done, total).
-        again: try again what failed, or was given up, in an earlier run.
+        terms: on what terms this process drives it.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Study(StoredStudy):
         self.computed = 0
         self._work = work
         self.told: Report = report or (lambda phase, done, total: None)
-        self.again = True
+        self.terms = Terms()
         self._driver: Driver | None = None
         self._at_work: Session | None = None
 
@@ -106,7 +107,10 @@ class Study(StoredStudy):
         registry.make("estimators", self.spec.estimator, **self.spec.estimator_settings)
         with self.session(self.spec.estimator) as session:
             session.outcome = "failed"
+            since = self.store.control.clock()
             session.outcome = "complete" if self._run(session) else "gaps"
+            told = [line for line in self.store.control.lines(self.name, limit=10_000) if line.time >= since]
+            self.notices += [Notice("W521", line.text) for line in told if line.kind == "conflict"][:5]
         return self.front
 
     def submit(self) -> str:
@@ -241,7 +245,7 @@ class Study(StoredStudy):
         work = self._work or registry.load("work", "workbench")(self.spec.setup_for(identity))
         driver = Driver(
             self.store, self.name, executor, self.identity, cut, storage=self.store.address, work=work,
-            private=self._work is not None, again=self.again,
+            private=self._work is not None, terms=self.terms,
         )  # fmt: skip
         stopped, reason = "", ""
         # Whoever drove it before is gone.
@@ -251,13 +255,16 @@ class Study(StoredStudy):
             try:
                 yield driver
             except Stopped as stop:
-                stopped = "paused" if stop.wanted == "pause" else "cancelled"
+                stopped = {"pause": "paused", "cancel": "cancelled", "leave": "submitted"}[stop.wanted]
                 raise
             except KeyboardInterrupt:
-                stopped = "paused"
+                stopped = "submitted" if self.terms.adopts else "paused"
                 raise
             except Exception as error:
                 reason = f"{error.code} {error.message}" if isinstance(error, MpsearchError) else repr(error)
+                if self.terms.adopts and getattr(error, "code", "") in OF_THE_MACHINE:
+                    # Another machine may have what this one lacks.
+                    stopped = "submitted"
                 raise
             finally:
                 begun, self._driver, self._at_work = self._at_work, None, None
@@ -265,7 +272,7 @@ class Study(StoredStudy):
                     driver.leave(state, reason, now=bool(stopped))
                 else:
                     # A question that cannot be answered takes no name: it can be put right and asked again.
-                    self.store.control.drop(self.name)
+                    driver.drop()
 
     def _executor(self) -> Executor:
         if self._work is not None:

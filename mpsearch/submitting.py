@@ -13,6 +13,8 @@ from pathlib import Path
 
 from mpsearch import registry
 from mpsearch.errors import InputError, ResourceError, StorageError
+from mpsearch.keys import content_key
+from mpsearch.machine import is_gone
 from mpsearch.ports import Store
 from mpsearch.records import EventRow, StudyStatus
 from mpsearch.spec import StudySpec
@@ -23,13 +25,14 @@ ENDED = ("complete", "gaps", "failed", "paused", "cancelled")
 _SEEN = 30.0
 
 
-def submit(spec: StudySpec, store: Store, *, background: bool | None = None) -> str:
+def submit(spec: StudySpec, store: Store, *, background: bool | None = None, offered: bool = True) -> str:
     """Note a study to be run, and see that somebody will.
 
     Args:
         spec: the question; its ``workers`` and ``executor`` are used by a process started for it.
         store: an open store.
         background: start a process for it on this machine; None: only when no worker has joined the database.
+        offered: any worker of the database may drive it; else it waits for the one that is told to.
 
     Returns:
         Name of the study.
@@ -46,7 +49,9 @@ def submit(spec: StudySpec, store: Store, *, background: bool | None = None) -> 
         raise InputError(
             "E115", "a database in memory cannot be opened by others", advice="storage = 'sqlite:///results.db'"
         )
-    _name(spec, store)
+    take_name(spec, store)
+    if not offered:
+        return spec.name
     store.control.submit(spec.name, socket.gethostname())
     if background is None:
         background = not any(worker_is_here(store))
@@ -55,7 +60,7 @@ def submit(spec: StudySpec, store: Store, *, background: bool | None = None) -> 
     return spec.name
 
 
-def _name(spec: StudySpec, store: Store) -> None:
+def take_name(spec: StudySpec, store: Store) -> None:
     """Give a question its name, also one that was taken by a question without an answer."""
     try:
         store.create_study(spec.name, spec.question())
@@ -71,10 +76,11 @@ def _name(spec: StudySpec, store: Store) -> None:
 
 
 def worker_is_here(store: Store) -> Iterator[str]:
-    """Names of workers that have joined a database and gave a sign of life."""
+    """Names of workers that have joined a database, live, and do not drive a study already."""
     rows = store.control.workers()
     now = store.control.clock()
-    return (row.name for row in rows if now - row.seen < _SEEN)
+    free = (row for row in rows if now - row.seen < _SEEN and not row.doing.startswith("drives "))
+    return (row.name for row in free if not is_gone(row.name))
 
 
 def start(spec: StudySpec, address: str) -> int:
@@ -102,7 +108,7 @@ def start(spec: StudySpec, address: str) -> int:
             command += ["--set", f"{name}={value}"]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"{_plain(spec.name)}.log").open("wb") as log:
+        with open(folder / f"{_plain(spec.name)}.log", "wb", opener=_owned) as log:
             # The address may hold a password, which a list of processes would show.
             environment = {**os.environ, "MPSEARCH_STORAGE": address}
             process = subprocess.Popen(
@@ -118,8 +124,14 @@ def start(spec: StudySpec, address: str) -> int:
     return process.pid
 
 
+def _owned(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 def _plain(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name).strip(".") or "study"
+    """What a file of a study can be called: no two studies share one."""
+    found = "".join(c if c.isalnum() or c in "-_." else "_" for c in name).strip(".")[:60]
+    return found if found == name else f"{found}-{content_key(name)[:8]}"
 
 
 def watch(store: Store, name: str, every: float = 0.5) -> Iterator[tuple[StudyStatus, Sequence[EventRow]]]:

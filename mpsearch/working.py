@@ -6,7 +6,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,10 +111,9 @@ class Worker:
             self._held = self._next
 
     def _do(self, leased: LeasedTask) -> Done:
-        job = Job.from_json(leased.body["job"])
         with self._alive(leased):
             try:
-                self._check_conditions(leased)
+                job = self._job_of(leased)
                 work = self._work or self._work_of(leased)
                 start = time.perf_counter()
                 result = work(job.task)
@@ -136,11 +135,36 @@ class Worker:
                     leased, values=found.values, cells=found.cells, seconds=seconds, claim=self._next_claim()
                 )
             except StorageError as error:
+                if error.code == "E521":
+                    # The first value stays, and both are kept.
+                    self._log(leased.study, "conflict", error.message)
+                    return Done(leased.key)
                 if error.code == "E523":
                     # Another worker has taken it over; its result is the one that counts.
                     return Done("")
                 raise
             return Done(leased.key)
+
+    def _job_of(self, leased: LeasedTask) -> Job:
+        """Read a task, if it is one for this machine.
+
+        Raises:
+            InputError: of another version, or of other conditions (E142).
+        """
+        try:
+            self._check_conditions(leased)
+            return Job.from_json(leased.body["job"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                "E142",
+                f"study '{leased.study}' has tasks that this version of mpsearch does not know ({error!r})",
+                advice="use the same version on all machines",
+            ) from error
+
+    def _log(self, study: str, kind: str, text: str) -> None:
+        # A study that is forgotten meanwhile has no log.
+        with suppress(StorageError):
+            self._store.control.log(study, kind, f"{self.name}: {text}")
 
     def rest(self) -> None:
         """Give back what was claimed for the next step."""
@@ -199,7 +223,7 @@ class Worker:
         if self._joined and error.code in OF_THE_MACHINE:
             self.declined[leased.setup] = error.message
             self._store.queue.release(leased)
-            self._store.control.log(leased.study, "declined", f"{self.name}: {error.code} {error.message}")
+            self._log(leased.study, "declined", f"{error.code} {error.message}")
             return Done("")
         data = {"kind": type(error).__name__, "where": error.where, "because": error.because, "advice": error.advice}
         told = self._fail(leased, error.code, error.message, data)
@@ -269,9 +293,14 @@ def serve(order: Order, stop: Callable[[], bool], name: str = "") -> None:
         worker = Worker(store, name, setups=order.setups, lease=order.lease)
         idle = 0.02
         while not stop():
-            if worker.step() is not None:
-                idle = 0.02
-                continue
+            try:
+                if worker.step() is not None:
+                    idle = 0.02
+                    continue
+            except StorageError as error:
+                # A server that is started anew, or busy: the driver says when it has been away for too long.
+                if error.code not in ("E601", "E607", "E609"):
+                    raise
             time.sleep(idle)
             idle = min(0.5, 1.5 * idle)
         worker.stop()

@@ -15,17 +15,17 @@ from pathlib import Path
 import psycopg
 import pytest
 
-#: Where Debian and others keep the programs of version 15.
-_FOLDER = Path("/usr/lib/postgresql/15/bin")
+#: Where Debian and others keep the programs, each version in a folder of its own; the newest comes first.
+_FOLDERS = sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")), reverse=True)
 #: Who the stores log in as: neither owner of the server nor free of its limits. Its password must never be seen.
 USER, PASSWORD = "worker", "canary-of-the-tests"
 
 
 def program(name: str) -> str:
     """The path of one of PostgreSQL's programs."""
-    found = shutil.which(name, path=f"{_FOLDER}{os.pathsep}{os.environ.get('PATH', '')}")
+    found = shutil.which(name, path=os.pathsep.join([*_FOLDERS, os.environ.get("PATH", "")]))
     if found is None:
-        raise RuntimeError(f"the tests need PostgreSQL 15: no '{name}' in {_FOLDER} nor on PATH")
+        raise RuntimeError(f"the tests need PostgreSQL: no '{name}' below /usr/lib/postgresql nor on PATH: make server")
     return found
 
 

@@ -9,6 +9,7 @@ import random
 import shutil
 import sqlite3
 import struct
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -133,7 +134,9 @@ def test_the_commands_write_and_read(results: Path, tmp_path: Path, capsys: pyte
     assert run(["bundle", NAME, file, "--storage", str(results)]) == 3
     assert "E303" in capsys.readouterr().err
     out(capsys, "bundle", NAME, file, "--storage", str(results), "--force")
-    assert "theirs" in out(capsys, "unbundle", file, "--storage", there, "--as", "theirs")
+    told_of = out(capsys, "unbundle", file, "--storage", there, "--as", "theirs")
+    assert "theirs" in told_of
+    assert "sender" in told_of
     assert json.loads(out(capsys, "unbundle", file, "--storage", there, "--json"))["studies"] == [NAME]
     names = {row["name"] for row in json.loads(out(capsys, "show", "--storage", there, "--json"))}
     assert names == {NAME, "theirs"}
@@ -260,6 +263,14 @@ def _plan(change: Callable[[dict[str, Any]], None]) -> Callable[[bytes], bytes]:
     return changed
 
 
+def _stray(kind: str) -> bytes:
+    """A whole value of a kind, under a key that no study names."""
+    path = DATA / "schema-1.db"
+    with closing(sqlite3.connect(path)) as file:
+        (body,) = file.execute("SELECT body FROM value WHERE kind = ?", (kind,)).fetchone()
+    return json.dumps({"kind": kind, "key": "5" * 64, "body": json.loads(body)}).encode() + b"\n"
+
+
 HOSTILE: dict[str, dict[str, Callable[[bytes], bytes]]] = {
     "nan": {"cells.jsonl": lambda data: data + b'["l","f",-1,"ok",NaN,null,1,"",0.0]\n'},
     "infinity": {"cells.jsonl": lambda data: data + b'["l","f",-1,"ok",1e999,null,1,"",0.0]\n'},
@@ -288,6 +299,21 @@ HOSTILE: dict[str, dict[str, Callable[[bytes], bytes]]] = {
     "a plan of no shape": {"values.jsonl": _plan(lambda body: body["tensors"][0].update(shape=[10**30, "x"]))},
     "a value under another key": {"values.jsonl": _line(lambda row: {**row, "key": "0" * 64})},
     "a value that is none": {"values.jsonl": lambda data: data + b'{"kind":"survey","key":"x","body":{}}\n'},
+    "a survey of no study": {"values.jsonl": lambda data: data + _stray("survey")},
+    "a time of a kernel": {
+        "links.jsonl": lambda data: data + b'["frozen","kernel_time","k","",0]\n',
+        "values.jsonl": lambda data: data + b'{"kind":"kernel_time","key":"k","body":{"kernel":"a"}}\n',
+    },
+    "a kind that nobody knows": {
+        "values.jsonl": lambda data: data + b'{"kind":"other","key":"y","body":{}}\n',
+    },
+    "cells of no study": {"cells.jsonl": lambda data: data + b'{"scope":"x"}\n["l","f",-1,"ok",1.0,null,1,"",0.0]\n'},
+    "cells of no scope": {"cells.jsonl": lambda data: b'["l","f",-1,"ok",1.0,null,1,"",0.0]\n' + data},
+    "a conflict over nothing of it": {"conflicts.jsonl": lambda data: data + b'["survey","x",{},{"a":1}]\n'},
+    "a conflict over cells of no study": {
+        "conflicts.jsonl": lambda data: data + b'["cell","[\\"x\\",\\"l\\",\\"f\\",-1]",{},{"a":1}]\n',
+    },
+    "no study": {"studies.jsonl": lambda data: b"", "links.jsonl": lambda data: b""},
     "scores that are none": {
         "values.jsonl": lambda data: data + b'{"kind":"scores","key":"x","body":{"layers":[1]}}\n'
     },
@@ -337,6 +363,45 @@ def test_archives_that_are_no_bundles_are_refused(tmp_path: Path) -> None:
         unbundle(tmp_path / "none.mps", str(tmp_path / "there.db"))
 
 
+def test_a_line_of_millions_of_lists_takes_no_memory(packed: Path, tmp_path: Path) -> None:
+    for text in (b"[]," * 20_000_000, b'["a",' * 1_000_000, b'"' + b'\\"' * 3_000_000):
+        repacked(packed, {"values.jsonl": lambda data, text=text: data + text + b"\n"})  # type: ignore[misc]
+        tracemalloc.start()
+        with pytest.raises(mp.InputError) as caught:
+            unbundle(packed, str(tmp_path / "there.db"))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert caught.value.code == "E304"
+        assert peak < 400e6
+
+
+@pytest.mark.parametrize(
+    ("text", "deep"), [(b"1", 0), (b"[[],[[]]]", 3), (b'{"a]": ["[[\\"[", {}]}', 3), (b"]]]][", 0), (b'"[[', 0)]
+)
+def test_depth_is_counted_without_reading(text: bytes, deep: int) -> None:
+    assert archive.depth(text) == deep
+
+
+def test_what_cannot_be_read_is_not_written(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, limit in (("LINE_LIMIT", 1000), ("ROW_LIMIT", 3), ("CELL_LIMIT", 3)):
+        with monkeypatch.context() as changed:
+            changed.setattr(archive, name, limit)
+            with pytest.raises(mp.InputError, match="too large"):
+                bundle(NAME, tmp_path / "a.mps", str(results))
+    assert not (tmp_path / "a.mps").exists()
+
+
+def test_times_of_kernels_stay_at_home(results: Path, tmp_path: Path) -> None:
+    with opened(results) as store:
+        survey = store.links(NAME, "survey")[0].key
+        # One that a study reaches all the same.
+        store.put("kernel_time", survey, {"kernel": "a"}, {"seconds": 1.0})
+    bundle(NAME, tmp_path / "a.mps", str(results))
+    unbundle(tmp_path / "a.mps", str(tmp_path / "there.db"))
+    with opened(tmp_path / "there.db") as store:
+        assert store.get("kernel_time", survey) is None
+
+
 def test_a_newer_format_asks_for_an_upgrade(packed: Path, tmp_path: Path) -> None:
     repacked(packed, {archive.MANIFEST: lambda data: json.dumps({**json.loads(data), "format": 9}).encode()})
     with pytest.raises(mp.InputError, match="bundle format 9"):
@@ -344,7 +409,8 @@ def test_a_newer_format_asks_for_an_upgrade(packed: Path, tmp_path: Path) -> Non
 
 
 def test_limits_hold_while_reading(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, limit in (("FILE_LIMIT", 100), ("TOTAL_LIMIT", 1000), ("LINE_LIMIT", 1000), ("DEPTH_LIMIT", 1)):
+    for name, limit in (("FILE_LIMIT", 100), ("TOTAL_LIMIT", 1000), ("LINE_LIMIT", 1000), ("DEPTH_LIMIT", 1),
+                        ("ROW_LIMIT", 3), ("CELL_LIMIT", 3), ("HELD_LIMIT", 1000)):  # fmt: skip
         with monkeypatch.context() as changed:
             changed.setattr(archive, name, limit)
             with pytest.raises(mp.InputError) as caught:

@@ -34,6 +34,10 @@ def test_a_server_holds_a_bundle_and_gives_it_back(
     for command in (("show", NAME), ("solve", NAME, "--budget", "weights <= 3.7 bits")):
         here = out(capsys, *command, "--json", "--storage", str(results))
         assert out(capsys, *command, "--json", "--storage", database) == here
+    told = out(capsys, "db", "merge", database, "--into", str(tmp_path / "as.db"), "--as", f"{NAME}=theirs", "--json")
+    assert json.loads(told)["studies"] == ["theirs"]
+    assert run(["db", "merge", database, "--into", str(tmp_path / "as.db"), "--as", "nobody=theirs"]) == 6
+    assert "E141" in capsys.readouterr().err
     merge(database, str(tmp_path / "merged.db"))
     assert bundle(NAME, tmp_path / "merged.mps", str(tmp_path / "merged.db")).read_bytes() == packed.read_bytes()
 

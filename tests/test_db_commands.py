@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import mpsearch as mp
 from mpsearch import registry
 from mpsearch.bundles.kinds import key_of
-from mpsearch.cli.main import run
+from mpsearch.cli.main import app, run
+from mpsearch.cli.options import storage_option
 from mpsearch.records import CellRow, TaskRow, WorkerRow
+from mpsearch.storage import gc as gc_module
 from mpsearch.storage.rescue import rescue
 from mpsearch.storage.schema import metadata
 from tests.conftest import DATA
@@ -183,6 +186,97 @@ def test_gc_keeps_all_for_a_study_that_is_not_finished(results: Path, capsys: py
     assert (told["kept_for"], told["tasks"], told["values"]["measurement"]) == ([], 1, 1)
     assert run(["db", "gc", str(results), "--days", "nan"]) == 2
     assert "E113" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["file", "server"])
+def test_gc_takes_tasks_of_finished_studies_that_nobody_is_at(
+    place: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    url = str(tmp_path / "a.db") if place == "file" else request.getfixturevalue("database")
+    with opened(url) as store:
+        for name in ("ended", "paused"):
+            store.create_study(name, {"name": name})
+            store.control.drive(name, "me:1:1:1", 60)
+        store.queue.offer("ended", [TaskRow(f"{i:064}", "s", "score", {}, i) for i in range(1200)])
+        for number in range(4):
+            lease = store.queue.claim("w", lease=60)
+            if number == 0:
+                store.queue.finish(lease)
+            elif number == 1:
+                store.queue.fail(lease, "E999", "no", {})
+            elif number == 2:
+                store.queue.release(lease)
+        store.queue.offer("paused", [TaskRow("t" * 64, "s", "score", {})])
+        store.control.leave("ended", "me:1:1:1", 1, "cancelled")
+        store.control.leave("paused", "me:1:1:1", 1, "paused")
+        gc = registry.load("upkeep", "gc")
+        assert gc(store, dry_run=True).tasks == 1199
+        assert gc(store, dry_run=False).tasks == 1199
+        assert gc(store, dry_run=False).tasks == 0
+        assert sum(store.queue.counts("ended").values()) == store.queue.counts("ended")["leased"] == 1
+        assert store.queue.counts("paused")["ready"] == 1
+
+
+@pytest.mark.parametrize("place", ["file", "server"])
+def test_gc_stops_where_a_study_begins_meanwhile(
+    place: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = str(tmp_path / "a.db") if place == "file" else request.getfixturevalue("database")
+    monkeypatch.setattr(gc_module, "_CHUNK", 2)
+    with opened(url) as store, opened(url) as other:
+        for number in range(6):
+            store.put("measurement", f"{number:064}", {"loss": 1.0})
+        take, calls = gc_module._take_values, []
+
+        def begin(*args: Any) -> int:
+            if calls:
+                other.create_study("new", {"name": "new"})
+                other.link("new", "measurement", f"{5:064}")
+            calls.append(take(*args))
+            return int(calls[-1])
+
+        monkeypatch.setattr(gc_module, "_take_values", begin)
+        chunks = gc_module._chunks
+        monkeypatch.setattr(gc_module, "_chunks", lambda rows, size=2: chunks(rows, size))
+        assert dict(gc_module.collect(store, dry_run=False, days=0).values) == {"measurement": 2}
+        assert calls == [2, 0, 0]
+        assert store.get("measurement", f"{5:064}") is not None
+
+
+def test_days_may_be_many(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert json.loads(out(capsys, "db", "gc", str(results), "--json", "--days", "1e300"))["values"] == {}
+
+
+def test_commands_to_copy_are_quoted_and_hold_no_password(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spaced = tmp_path / "a b.db"
+    told = out(capsys, "db", "rescue", str(results), str(spaced))
+    assert f"--storage '{spaced}'" in told
+    assert f"unbundle '{tmp_path / 'c d.mps'}'" in out(
+        capsys, "bundle", NAME, str(tmp_path / "c d.mps"), "--storage", str(results)
+    )
+    address = "postgresql://ann:s3cret@db.lan/mp"
+    assert storage_option(address) == " --storage postgresql://ann@db.lan/mp"
+    monkeypatch.setenv("MPSEARCH_STORAGE", address)
+    assert storage_option(address) == ""
+    assert storage_option("sqlite:///mpsearch.db") == " --storage sqlite:///mpsearch.db"
+
+
+def test_every_command_takes_its_database_from_the_variable(
+    results: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPSEARCH_STORAGE", str(results))
+    assert json.loads(out(capsys, "show", "--json"))[0]["name"] == NAME
+    assert json.loads(out(capsys, "db", "stats", "--json"))["studies"] == {"complete": 1}
+    assert "fine" in out(capsys, "db", "check")
+
+    def without(command: Any) -> list[str]:
+        inner = [name for below in getattr(command, "commands", {}).values() for name in without(below)]
+        places = [x for x in command.params if x.name in ("storage", "into")]
+        return inner + [command.name for x in places if x.envvar != "MPSEARCH_STORAGE"]
+
+    assert without(typer.main.get_command(app)) == []
 
 
 def test_stats_count(results: Path, capsys: pytest.CaptureFixture[str]) -> None:

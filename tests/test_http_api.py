@@ -175,6 +175,14 @@ def test_an_export_is_files_as_text_or_an_archive_of_the_same(server: Served, re
     assert server.ask("POST", f"/api/v1/plans/{'0' * 64}/export", {"to": "gptqmodel"}).status == 404
 
 
+@pytest.mark.parametrize("text", ["{", "{}", '{"token": 5}', "", '{"token": "a b"}', "{" * 100_000])
+def test_a_broken_token_file_is_said_plainly(text: str, tmp_path: Path) -> None:
+    (tmp_path / "tokens.json").write_text(text)
+    with pytest.raises(mp.InputError) as caught:
+        mp.connect("http://127.0.0.1:1", tmp_path / "tokens.json")
+    assert caught.value.code == "E901"
+
+
 def test_a_study_is_submitted_by_reference_and_steered(server: Served) -> None:
     door = mp.connect(server.url, server.tokens.full or "")
     assert door.names()["models"] == ["tiny"]
@@ -193,6 +201,13 @@ def test_a_study_is_submitted_by_reference_and_steered(server: Served) -> None:
     assert study.pause().state == "paused"
     assert "by reference" not in server.store.control.waiting()
     assert study.resume().state == "submitted"
+    server.store.set_state("by reference", "failed")
+    assert study.resume().state == "submitted"
+    assert "by reference" in server.store.control.waiting()
+    server.store.set_state("by reference", "failed")
+    # A question that had no answer takes no name: it can be put right.
+    right = door.submit("by reference", budgets="weights <= 5 bits", formats=["int4-g64"], **asked)
+    assert str(right.budgets[0]).startswith("weights <= 5")
     assert study.cancel().state == "cancelled"
     for wrong in (
         {"model": "other"}, {"calibration": str(Path(spec.calibration))}, {"estimator": "none"}, {"solver": "none"},

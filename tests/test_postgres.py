@@ -7,8 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +24,7 @@ from sqlalchemy import event
 from mpsearch.errors import MpsearchError, StorageError
 from mpsearch.records import TaskRow
 from mpsearch.storage import migrate
+from mpsearch.storage.database import again
 from mpsearch.storage.engine import make_engine
 from mpsearch.storage.place import Place
 from mpsearch.storage.schema import SCHEMA, VERSION_TABLE, metadata
@@ -30,7 +34,7 @@ from mpsearch.testing.queues import DRIVER
 from mpsearch.testing.stores import StoreSuite
 from mpsearch.testing.values import cell
 from tests.conftest import DATA
-from tests.postgres import PASSWORD, USER, Postgres
+from tests.postgres import PASSWORD, USER, Postgres, postgres
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +197,90 @@ def test_a_row_that_is_locked_is_said_to_be(database: str) -> None:
         assert "nothing is lost" in error.advice
 
 
+# --- others, and a server that goes
+
+LOCKS: dict[str, Callable[[SqlStore], object]] = {
+    "lost": lambda store: store.queue.lost("w", "signal 9"),
+    "withdraw": lambda store: store.queue.withdraw("a", 1),
+    "forget": lambda store: store.queue.forget("a"),
+    "discard": lambda store: store.queue.discard(["k0", "k1"]),
+}
+STATES = {"lost": "leased", "withdraw": "ready", "forget": "done", "discard": "done"}
+
+
+@contextlib.contextmanager
+def waiting(server: Postgres, database: str, call: str) -> Iterator[psycopg.Connection[Any]]:
+    """A connection that has locked the first of two tasks, while a call in a thread waits for it."""
+    with SqlStore(database) as store, ThreadPoolExecutor(1) as pool, psycopg.connect(database) as other:
+        store.create_study("a", {})
+        store.control.drive("a", DRIVER, 1000.0)
+        store.queue.offer("a", [TaskRow(f"k{i}", "s", "score", {}) for i in range(2)])
+        server.sql(f"UPDATE task SET state = '{STATES[call]}', worker = 'w'", database.rpartition("/")[2])
+        # The first now lies behind the second, in the table and in its indexes.
+        server.sql("UPDATE task SET position = 1 WHERE key = 'k0'", database.rpartition("/")[2])
+        other.execute("SELECT 1 FROM task WHERE key = 'k0' FOR UPDATE")
+        done = pool.submit(LOCKS[call], store)
+        waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        deadline = time.monotonic() + 20
+        while server.sql(waits) != [(1,)] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        yield other
+        other.commit()
+        done.result(timeout=20)
+        state = store.queue.states(["k0", "k1"])
+        assert [row.deaths for row in state.values()] == ([1, 1] if call == "lost" else [])
+
+
+@pytest.mark.parametrize("call", LOCKS)
+def test_tasks_are_locked_by_key(server: Postgres, database: str, call: str) -> None:
+    with waiting(server, database, call) as other:
+        other.execute("SELECT 1 FROM task WHERE key = 'k1' FOR UPDATE NOWAIT")
+
+
+def test_a_call_that_waits_in_a_circle_is_made_again(server: Postgres, database: str) -> None:
+    ends = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+    with waiting(server, database, "withdraw") as other:
+        # The call holds the study, which this connection now waits for.
+        other.execute("SELECT 1 FROM study WHERE name = 'a' FOR UPDATE")
+    deadline = time.monotonic() + 20
+    while server.sql(ends, database.rpartition("/")[2]) == [(0,)] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert server.sql(ends, database.rpartition("/")[2]) == [(1,)]
+
+
+def test_a_circle_that_does_not_end_is_said_to_be(database: str) -> None:
+    with SqlStore(database) as store:
+        calls = []
+
+        @again
+        def call() -> None:
+            calls.append(1)
+            with store.writing() as connection:
+                connection.exec_driver_sql("DO $$ BEGIN RAISE EXCEPTION 'x' USING ERRCODE = '40001'; END $$")
+
+        error = error_of(call)
+    assert (error.code, len(calls)) == ("E601", 8)
+    assert PASSWORD not in shown(error)
+
+
+def test_a_server_that_goes_away_is_not_a_log_in_that_fails() -> None:
+    with (
+        tempfile.TemporaryDirectory(prefix="mpsearch-postgres-") as folder,
+        postgres(Path(folder)) as server,
+        SqlStore(server.url(server.create()), busy_timeout=0.5) as store,
+    ):
+        store.put("plan", "k", {})
+        server.stop("fast")
+        started = time.monotonic()
+        for _ in range(2):
+            error = error_of(lambda: store.put("plan", "l", {}))
+            assert error.code == "E609"
+            assert PASSWORD not in shown(error)
+        assert time.monotonic() - started < 5
+        server.start()
+        store.put("plan", "l", {})
+
+
 # --- the schema
 
 
@@ -234,6 +322,15 @@ def test_a_database_of_schema_1_goes_on(old: str) -> None:
         assert store.queue.claim("w", lease=1.0) is not None
     with SqlStore(old, read_only=True) as store, store.reading() as connection:
         assert connection.exec_driver_sql(f"SELECT version_num FROM {VERSION_TABLE}").scalar() == f"{SCHEMA:04}"
+
+
+def test_a_study_that_ran_in_schema_1_is_paused(old: str) -> None:
+    engine = make_engine(Place.of(old), busy_timeout=1, read_only=False)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE study SET state = 'running'")
+    engine.dispose()
+    with SqlStore(old) as store:
+        assert store.control.status("frozen").state == "paused"
 
 
 def test_up_down_and_up_again_keeps_what_is_stored(old: str) -> None:
@@ -319,7 +416,10 @@ def calls(store: SqlStore, rows: int) -> dict[str, Callable[[], object]]:
         "log": lambda: control.log("a", "note", ""),
         "lines": lambda: control.lines("a"),
         "lost": lambda: queue.lost("w", "signal 9"),
+        "orphans": lambda: queue.orphans("b", [row.key for row in some]),
         "withdraw": lambda: queue.withdraw("a"),
+        "withdraw mine": lambda: queue.withdraw("a", 1),
+        "forget mine": lambda: queue.forget("a", epoch=1),
     }
 
 
@@ -361,13 +461,18 @@ def test_no_call_goes_through_a_whole_table(kind: str, tmp_path: Path, server: P
         if kind == "postgres":
             server.sql("ANALYZE", database.rpartition("/")[2])
         wanted = calls(store, 3)
-        work = [
-            wanted[name] for name in ("put_cells", "put_cells again", "cells", "claim", "renew", "finish", "states")
-        ]
+        names = ("put_cells", "put_cells again", "cells", "claim", "renew", "finish", "states", "orphans")
+        work = [wanted[name] for name in names]
+        for more in ({"setups": ["setup 1"]}, {"setups": ["x"]}, {"skip": ["setup 0", "setup 2"]}):
+            work.append(partial(store.queue.claim, "w", lease=10.0, **more))
         plans = [plan for call in work for plan in explained(store, statements(store, call))]
-    assert len(plans) >= 8
+    assert len(plans) >= 14
     for statement, plan in plans:
-        assert not re.search(r"Seq Scan on (cell|task)|SCAN (cell|task|next)\b", plan), f"{statement}\n{plan}"
+        assert not re.search(r"Seq Scan on (cell|task)|SCAN (cell|task|next|some)\b", plan), f"{statement}\n{plan}"
+    claims = [plan for statement, plan in plans if "RECURSIVE" in statement]
+    assert len(claims) >= 4
+    for plan in claims:
+        assert re.search(r"next USING .*ix_task_next \(.*setup=\?|Index Cond: .*state.*setup\)::text = ", plan), plan
     assert any("ix_task_next" in plan for _, plan in plans)
     assert any("ix_task_until" in plan for _, plan in plans)
     assert any("pk_cell" in plan or "sqlite_autoindex_cell" in plan or "USING PRIMARY KEY" in plan for _, plan in plans)

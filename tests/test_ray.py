@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 
 import mpsearch as mp
+from mpsearch import registry
 from mpsearch.cli.main import run
 from mpsearch.errors import InputError, MpsearchError, ResourceError
-from mpsearch.executors.ray import RayWorkers, run_on
+from mpsearch.executors.ray import RayWorkers, check_shown, run_on, submit_job
 from mpsearch.hardware.profile import Profile
+from mpsearch.logs import without_password
 from mpsearch.ports import Executor
 from mpsearch.testing.executors import ProcessSuite
 from mpsearch.testing.pretended import Bench, pretend
 from tests.conftest import study_settings
+from tests.postgres import PASSWORD
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +187,24 @@ def test_a_study_ends_the_same_when_a_node_is_lost(
     assert study.scores.value.tobytes() == alone.scores.value.tobytes()
     key = [(m.label, m.plan, m.loss, m.spread) for m in study.measurements]
     assert key == [(m.label, m.plan, m.loss, m.spread) for m in alone.measurements]
+
+
+def test_an_address_with_a_password_is_not_given_to_a_job(
+    database: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "study.toml"
+    file.write_text(
+        f'name = "s"\nmodel = "bundled:tiny-llama"\nstorage = "{database}"\n'
+        'calibration = "stdlib:calibration"\nvalidation = "stdlib:validation"\nbudgets = ["weights <= 4 bits"]\n'
+    )
+    assert run(["submit", str(file), "--ray", "http://127.0.0.1:1"]) == 8
+    told = capsys.readouterr().err
+    assert "E622" in told
+    assert ".pgpass" in told
+    assert PASSWORD not in told
+    with registry.make("stores", "sql", url=database) as store:
+        assert store.studies() == []
+    with pytest.raises(MpsearchError) as caught:
+        submit_job("http://127.0.0.1:1", "s", database, 1, None, None)
+    assert caught.value.code == "E622"
+    check_shown("s", without_password(database))

@@ -5,13 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,78 +16,16 @@ import pytest
 
 import mpsearch as mp
 from mpsearch import machine
-from mpsearch.cli.main import run
 from mpsearch.cli.study_list import study_lines
 from mpsearch.errors import InputError
-from mpsearch.executors.inline import Nobody
-from mpsearch.joining import join
 from mpsearch.records import StudyStatus, WorkerRow
 from mpsearch.storage.store import SqlStore
 from mpsearch.studying import Study
-from mpsearch.submitting import ENDED, submit
-from mpsearch.testing.pretended import Bench, Pretended
-from mpsearch.working import Done, Worker
-from tests.conftest import study_settings
+from mpsearch.submitting import ENDED
+from tests.service_shell import Shell, command, shell, state, study, until, write
 
-
-def settings(model: Path, folder: Path, **changes: Any) -> dict[str, Any]:
-    """Settings of a study that takes a moment."""
-    quick = {"estimator": "fisher", "points": 0, "formats": ["int2-g64", "int8-channel"], "tokens": 256}
-    return study_settings(model, folder, **{**quick, **changes})
-
-
-def write(folder: Path, file: str = "study.toml", **values: Any) -> Path:
-    lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
-    (folder / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder / file
-
-
-class Shell:
-    """Runs command lines in this process, in a folder whose database is the default one."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
-        self.out = self.err = ""
-
-    def __call__(self, *words: str | Path) -> int:
-        code = run([str(word) for word in words])
-        self.out, self.err = self._capsys.readouterr()
-        return code
-
-
-@pytest.fixture
-def shell(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shell]:
-    monkeypatch.chdir(tmp_path)
-    before = signal.getsignal(signal.SIGTERM)
-    yield Shell(capsys)
-    # `mpsearch worker` takes it, as it is alone in its process.
-    signal.signal(signal.SIGTERM, before)
-
-
-@pytest.fixture
-def study(small_llama: Path, tmp_path: Path) -> dict[str, Any]:
-    return settings(small_llama, tmp_path, storage="sqlite:///mpsearch.db")
-
-
-@contextmanager
-def command(*words: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """A command in a process of its own, that is ended with the body."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mpsearch.cli.main", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, **environment},
-    )  # fmt: skip
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def until(true: Callable[[], Any], patience: float = 60.0) -> None:
-    end = time.monotonic() + patience
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
+# Fixtures.
+__all__ = ["shell", "study"]
 
 
 def test_a_submitted_study_is_done_by_whoever_joins(shell: Shell, study: dict[str, Any], tmp_path: Path) -> None:
@@ -170,75 +104,14 @@ def test_a_question_without_an_answer_fails_with_its_reason(
     assert "wrong" not in shell.out
 
 
-def test_a_worker_without_the_model_leaves_the_study_to_others(
-    small_llama: Path, study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    model = shutil.copytree(small_llama, tmp_path / "model")
-    asked = mp.study(**{**study, "model": str(model)})
-    with asked.store as store:
-        submit(asked.spec, store, background=False)
-        model.rename(tmp_path / "moved")
-        said: list[str] = []
-        assert join("mpsearch.db", idle=0.1, told=said.append) == 0
-        assert any("E101" in line for line in said)
-        assert store.control.status("small").state == "submitted"
-        assert [line.text.partition(" ")[0] for line in store.control.lines("small")] == ["E101"]
-        (tmp_path / "moved").rename(model)
-        assert join("mpsearch.db", idle=0.1) >= 4
-        assert store.control.status("small").state == "complete"
-        assert store.control.workers() == []
-
-
-class Joined(Nobody):
-    """Workers that have joined by themselves; here they take turns in the driver's process."""
-
-    def __init__(self) -> None:
-        self.steps: list[Callable[[], Any]] = []
-
-    def turn(self) -> Sequence[Done]:
-        for step in self.steps:
-            step()
-        return ()
-
-
-@pytest.mark.parametrize(("wrong", "words"), [("model", "E101"), ("versions", "E142")])
-def test_a_worker_declines_single_tasks_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str, words: str
-) -> None:
-    bench, joined = Bench(f"sqlite:///{tmp_path / 'results.db'}", tmp_path / "witness"), Joined()
-    able = Worker(bench.store, "able", work=Pretended(), joined=True)
-    poor = Worker(bench.store, "poor", work=None if wrong == "model" else Pretended(), joined=True)
-    versions = machine.versions()
-
-    def badly() -> None:
-        with monkeypatch.context() as patch:
-            if wrong == "versions":
-                patch.setattr(machine, "versions", lambda: {**versions, "torch": "0.1"})
-            poor.step()
-
-    joined.steps = [badly, able.step]
-    with bench.driver(joined) as driver:
-        assert sorted(i for i, failed in driver.do(bench.jobs(3)) if failed is None) == [0, 1, 2]
-    (line,) = bench.store.control.lines("study")
-    assert line.kind == "declined"
-    assert line.text.startswith(f"poor: {words} ")
-    assert len(poor.declined) == 1
-    bench.store.close()
-
-
 def test_pause_and_cancel_reach_a_study_that_runs(shell: Shell, study: dict[str, Any], tmp_path: Path) -> None:
     file = str(write(tmp_path, **study))
-
-    def state() -> str:
-        with SqlStore("mpsearch.db") as store:
-            return store.control.status("small").state if store.studies() else ""
 
     # Nobody has joined, so it waits.
     with command("run", file, "--executor", "database", "-q") as process:
         until(lambda: state() == "running")
         assert shell("show") == 0
-        assert re.match(r"small  running +load 0/1|small  running ", shell.out)
+        assert re.match("small  running ", shell.out)
         began = time.monotonic()
         assert shell("pause", "small") == 0
         assert shell.out == "paused\n"
@@ -256,39 +129,17 @@ def test_pause_and_cancel_reach_a_study_that_runs(shell: Shell, study: dict[str,
     assert state() == "complete"
 
 
-def test_a_driver_that_is_killed_leaves_the_study_interrupted_and_the_next_worker_ends_it(
-    shell: Shell, study: dict[str, Any], tmp_path: Path
-) -> None:
-    file = str(write(tmp_path, **study))
-    with command("run", file, "--executor", "database", "-q") as process:
-        until(lambda: Path("mpsearch.db").exists() and _state("small") == "running")
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    # Its lease would hold for some seconds more.
-    with SqlStore("mpsearch.db") as store, store.writing() as connection:
-        connection.exec_driver_sql("UPDATE study SET driver_until = 1")
-    assert shell("show") == 0
-    assert "small  interrupted" in shell.out
-    assert shell("worker", "--idle", "0") == 0
-    assert _state("small") == "complete"
-
-
-def _state(name: str) -> str:
-    with SqlStore("mpsearch.db") as store:
-        return next((row.state for row in store.control.statuses() if row.name == name), "")
-
-
 def test_a_study_in_the_background_is_resumed_there(shell: Shell, study: dict[str, Any], tmp_path: Path) -> None:
     assert shell("submit", write(tmp_path, **study), "--wait") == 0
     assert shell("pause", "small") == 0
     assert shell("worker", "--idle", "0") == 0
-    assert _state("small") == "paused"
+    assert state("small") == "paused"
     with SqlStore("mpsearch.db") as store:
         # Somebody has joined, so no process is started.
         store.control.hello(WorkerRow("somebody", "elsewhere", 1))
     assert shell("resume", "small", "--background", "--workers", "1") == 0
     assert shell.out == "next    mpsearch watch small\n"
-    assert _state("small") == "submitted"
+    assert state("small") == "submitted"
     assert shell("worker", "--idle", "0") == 0
     assert shell("watch", "small") == 0
 
@@ -299,20 +150,6 @@ def test_a_study_with_gaps_ends_with_five(shell: Shell, tmp_path: Path) -> None:
         store.set_state("a", "gaps")
     assert shell("watch", "a") == 5
     assert shell.out == "gaps\nnext    mpsearch show a\n"
-
-
-def test_workers_leave_when_they_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with SqlStore("mpsearch.db") as store:
-        for sent, code, said in ((signal.SIGTERM, 0, "0 tasks done\n"), (signal.SIGINT, 130, "")):
-            # A database may be named in the environment, where no list of processes shows its password.
-            with command("worker", MPSEARCH_STORAGE="sqlite:///mpsearch.db") as process:
-                until(store.control.workers)
-                process.send_signal(sent)
-                out, err = process.communicate(timeout=20)
-                assert (process.returncode, out) == (code, said)
-                assert "Traceback" not in err
-            assert store.control.workers() == []
 
 
 @pytest.mark.parametrize(

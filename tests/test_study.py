@@ -442,7 +442,7 @@ def rows_of(database: Path) -> tuple[set[Any], set[Any]]:
 
 
 def test_killed_studies_go_on_where_they_were(finished: Study, small_llama: Path, tmp_path: Path) -> None:
-    """Kill a run three times in the middle; benchmarks/kill_study.py does it thirty times at any moment."""
+    """Kill a run three times in the middle; benchmarks/chaos does it hundreds of times at any moment."""
     settings = study_settings(small_llama, tmp_path, random=2)
     dice = random.Random(3)
     cells: set[Any] = set()

@@ -124,9 +124,10 @@ def one(
     if name == "interrupts" and executor != "ray":
         return interrupt(make, calm=calm, times=args.interrupts, window=args.window, **given), ""
     if name == "faults" and (where, executor) == ("sqlite", "local"):
-        found = faults.fill_disk(folder / "full")
+        small = faults.untroubled(folder / "calm")
+        found = faults.fill_disk(folder / "full", small)
         for error in faults.ERRORS:
-            found += faults.fail_each(folder / str(error), error)
+            found += faults.fail_each(folder / str(error), error, small)
         return found, ""
     return None
 

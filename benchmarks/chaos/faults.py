@@ -11,7 +11,7 @@ import sqlite3
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,19 +140,25 @@ def here(lab: Lab) -> Iterator[Callable[[], tuple[int, str]]]:
             registry.BUILT_IN[kind].update(names)  # type: ignore[attr-defined]
 
 
-def fail_each(folder: Path, error: int, *, first: int = 1, step: int = 1) -> Counter[str]:
+def untroubled(folder: Path) -> Mapping[str, str]:
+    """What the small study leaves when nothing fails."""
+    calm = make(folder)
+    with here(calm) as run:
+        assert run()[0] == 0
+    return calm.outcome()
+
+
+def fail_each(folder: Path, error: int, calm: Mapping[str, str], *, first: int = 1, step: int = 1) -> Counter[str]:
     """Run a small study with a fault at the n-th call, for every n, each time to its end afterwards.
 
     Args:
         folder: for the labs.
         error: number of the system's error.
+        calm: what an untroubled run leaves.
         first: the first n.
         step: from one n to the next.
     """
     found: Counter[str] = Counter()
-    calm = make(folder / "calm")
-    with here(calm) as run:
-        assert run()[0] == 0
     number = first
     while True:
         lab = make(folder / f"{number}")
@@ -163,7 +169,7 @@ def fail_each(folder: Path, error: int, *, first: int = 1, step: int = 1) -> Cou
             found.update(_judged(lab, code, said, reached=faults.calls >= number))
             if code != 0:
                 found["did not resume"] += run()[0] != 0
-            found.update(lab.check(calm.outcome(), kills=1, workers=1))
+            found.update(lab.check(calm, kills=1, workers=1))
         if faults.calls < number:
             return found
         number += step
@@ -195,16 +201,15 @@ def _judged(lab: Lab, code: int, said: str, *, reached: bool) -> dict[str, int]:
     return {name: int(is_wrong) for name, is_wrong in wrong.items()} | {"went on": int(reached and code == 0)}
 
 
-def fill_disk(folder: Path, limits: Sequence[int] = range(16, 640, 48)) -> Counter[str]:
+def fill_disk(folder: Path, calm: Mapping[str, str], limits: Sequence[int] = range(16, 640, 48)) -> Counter[str]:
     """Run a study whose files may not grow beyond a limit, and again without it.
 
     Args:
         folder: for the labs.
+        calm: what an untroubled run leaves.
         limits: 1,024 bytes that a file may have.
     """
     found: Counter[str] = Counter()
-    calm = make(folder / "calm")
-    calm.finish()
     for limit in limits:
         lab = make(folder / f"limit-{limit}")
         shell = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "-", *lab.command()]
@@ -214,5 +219,5 @@ def fill_disk(folder: Path, limits: Sequence[int] = range(16, 640, 48)) -> Count
         found.update(_judged(lab, done.returncode, done.stderr, reached=True))
         if done.returncode:
             lab.finish()
-        found.update(lab.check(calm.outcome(), kills=1, workers=1))
+        found.update(lab.check(calm, kills=1, workers=1))
     return found

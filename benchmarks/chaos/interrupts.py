@@ -51,11 +51,16 @@ def interrupt(
     return found
 
 
+def _heed() -> None:
+    # What is started in the background is told to ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _press(lab: Lab, command: list[str], first: list[str], after: float, found: Counter[str]) -> tuple[list[str], bool]:
     """Start a command, press Ctrl-C, and return the command that was printed, and whether it had come to its end."""
     child = pexpect.spawn(
         command[0], command[1:], env=lab.environment, cwd=str(lab.folder), timeout=120, encoding="utf-8",
-        dimensions=(24, 200),
+        dimensions=(24, 200), preexec_fn=_heed,
     )  # fmt: skip
     ended = child.expect([pexpect.EOF, pexpect.TIMEOUT], timeout=after)
     if ended == 0:

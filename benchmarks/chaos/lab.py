@@ -182,9 +182,14 @@ class Lab:
         return min(after) - since if after else None
 
     def working(self, driver: int = 0) -> list[int]:
-        """Processes, other than the driver, that began a task in the last seconds and are there."""
-        recent = {pid for _, pid, when in self.begun[-20:] if when > time.time() - 3.0}
-        return sorted(pid for pid in recent - {driver} if _alive(pid))
+        """Processes, other than the driver, that do a task which nobody did before them.
+
+        A task that ended three workers is given up, whoever it was that killed them.
+        """
+        begun = self.begun
+        times = Counter(what for what, _, _ in begun)
+        last = {pid: what for what, pid, when in begun if pid != driver and when > time.time() - 3.0}
+        return sorted(pid for pid, what in last.items() if times[what] == 1 and _alive(pid))
 
     def refused(self) -> int:
         """How many results of workers that had lost their lease were refused."""

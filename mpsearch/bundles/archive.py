@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from mpsearch.errors import InputError
 from mpsearch.files import write_file
@@ -24,13 +27,19 @@ MANIFEST = "manifest.json"
 #: The members, in the order in which they are written and read.
 MEMBERS = ("studies.jsonl", "links.jsonl", "values.jsonl", "cells.jsonl", "conflicts.jsonl")
 #: Bytes of the file, of all members unpacked, and of one line. A plan of 10,000 layers takes 4 MB.
-FILE_LIMIT, TOTAL_LIMIT, LINE_LIMIT = 2**30, 2**31, 2**26
+FILE_LIMIT, TOTAL_LIMIT, LINE_LIMIT = 2**30, 2**31, 2**23
+#: Rows of scores, which are read one by one, and of any other member; bytes of that, which is held as a whole.
+CELL_LIMIT, ROW_LIMIT, HELD_LIMIT = 20_000_000, 200_000, 2**29
 #: Unpacked bytes per packed byte; rows of scores have 5 to 40. Members below a mebibyte may have any.
 RATIO_LIMIT, SMALL = 200, 2**20
 DEPTH_LIMIT = 64
 # Dates would make two bundles of one study differ.
 _DATE = (1980, 1, 1, 0, 0, 0)
 _END = 22
+# Texts are taken out whole, so that no bracket in one counts; nothing here goes back, or costs more than it reads.
+_TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
+_OTHERS = bytes(set(range(256)) - set(b"[]{}"))
 _BROKEN = (
     zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, OverflowError,
     UnicodeError, ValueError,
@@ -46,6 +55,7 @@ def save(path: Path, members: Mapping[str, Iterable[Any]]) -> None:
 
     Raises:
         ResourceError: the file cannot be written (E701).
+        InputError: more than a bundle may hold (E304).
         ValueError: a row with NaN or infinity.
     """
     write_file(path, lambda stream: _write(stream, members))
@@ -59,12 +69,27 @@ def _write(stream: BinaryIO, members: Mapping[str, Iterable[Any]]) -> None:
             with archive.open(_info(name), "w") as member:
                 for row in members[name]:
                     line = canonical_json(row).encode() + b"\n"
+                    if len(line) > LINE_LIMIT or rows == _most(name):
+                        raise _too_large(name, len(line))
                     member.write(line)
                     digest.update(line)
                     size, rows = size + len(line), rows + 1
             told[name] = {"bytes": size, "rows": rows, "sha256": digest.hexdigest()}
         manifest = {"format": FORMAT, "kind": "mpsearch bundle", "members": told}
         archive.writestr(_info(MANIFEST), json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+
+def _most(name: str) -> int:
+    return CELL_LIMIT if name == "cells.jsonl" else ROW_LIMIT
+
+
+def _too_large(name: str, size: int) -> InputError:
+    return InputError(
+        "E304",
+        f"the study is too large for a bundle: {name}",
+        because=f"{size:,} bytes in a row of at most {LINE_LIMIT:,}, or more than {_most(name):,} rows",
+        advice="join the databases instead: mpsearch db merge THEIRS --into YOURS",
+    )
 
 
 def _info(name: str) -> zipfile.ZipInfo:
@@ -149,6 +174,8 @@ class Archive:
         for info in infos:
             if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED):
                 raise self.broken("encrypted, or packed in another way", info.filename)
+            if info.file_size > HELD_LIMIT and info.filename != "cells.jsonl":
+                raise self.broken(f"more than {HELD_LIMIT:,} bytes when unpacked", info.filename)
             if info.file_size > SMALL and info.file_size > RATIO_LIMIT * info.compress_size:
                 raise self.broken(f"{info.file_size:,} bytes out of {info.compress_size:,}", info.filename)
         if self._archive.getinfo(MANIFEST).file_size > 65536:
@@ -199,6 +226,8 @@ class Archive:
         """
         for number, line in enumerate(self._lines(name), start=1):
             where = f"{name}:{number}"
+            if number > _most(name):
+                raise self.broken(f"more than {_most(name):,} rows", name)
             value = self._parsed(line, where)
             try:
                 row = read(value)
@@ -210,26 +239,23 @@ class Archive:
                 yield row
 
     def _parsed(self, text: bytes, where: str) -> Any:
+        # Small rows in their millions are looked at only if they have so many brackets.
+        if text.count(b"[") + text.count(b"{") > DEPTH_LIMIT and depth(text) > DEPTH_LIMIT:
+            raise self.broken(f"nested deeper than {DEPTH_LIMIT}", where)
         try:
-            value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
+            return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
             raise self.broken(_reason(error), where) from error
-        if depth(value) > DEPTH_LIMIT:
-            raise self.broken(f"nested deeper than {DEPTH_LIMIT}", where)
-        return value
 
 
-def depth(value: Any) -> int:
-    """How deep lists and objects are nested.
+def depth(text: bytes) -> int:
+    """How deep lists and objects are nested, at most, in a JSON text that nobody has read yet.
 
-    >>> depth({"a": [1, []]})
-    3
+    >>> depth(b'{"a": [1, "[[["]}')
+    2
     """
-    level, deep = [value], 0
-    while inner := [x for x in level if isinstance(x, (dict, list))]:
-        deep += 1
-        level = [y for x in inner for y in (x.values() if isinstance(x, dict) else x)]
-    return deep
+    steps = np.frombuffer(_TEXT.sub(b"", text).translate(_STEPS, _OTHERS), np.int8)
+    return int(steps.cumsum(dtype=np.int64).max(initial=0))
 
 
 def _no_constant(name: str) -> Any:

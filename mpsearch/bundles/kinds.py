@@ -10,6 +10,13 @@ from mpsearch.scoring import scores_key
 
 #: Kinds whose key is that of their whole body.
 _BY_BODY = ("cost", "origin", "search", "rival", "tournament", "profile", "energy")
+#: Kinds that belong to studies, and travel with them. Times of kernels and models belong to a machine, and every later
+#: study of that machine would believe them.
+KINDS = (
+    *_BY_BODY, "plan", "scores", "score_unit", "survey", "ratios", "measurement", "unmeasured",
+)  # fmt: skip
+#: Of these, numbers whose keys hold more than is in them: nobody can tell whether they were measured or made up.
+TRUSTED = ("survey", "scores", "score_unit", "ratios", "measurement", "unmeasured")
 
 
 def key_of(kind: str, body: Mapping[str, Any]) -> str | None:
@@ -88,6 +95,16 @@ def _ratios(body: Mapping[str, Any]) -> None:
         raise ValueError("a ratio that is no number")
 
 
+def _unit(body: Mapping[str, Any]) -> None:
+    if not isinstance(body["unit"], str):
+        raise ValueError("a unit that is no text")
+
+
+def _unmeasured(body: Mapping[str, Any]) -> None:
+    if not isinstance(body["plan"], dict) or not isinstance(body["batches"], int):
+        raise ValueError("neither a plan nor batches")
+
+
 _READERS: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
     "survey": _survey,
     "scores": _scores,
@@ -97,4 +114,6 @@ _READERS: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
     "profile": _profile,
     "energy": _energy,
     "ratios": _ratios,
+    "score_unit": _unit,
+    "unmeasured": _unmeasured,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -12,7 +13,8 @@ from mpsearch import registry
 from mpsearch.bundles import kinds
 from mpsearch.bundles.archive import Archive, save
 from mpsearch.bundles.portion import Asked, Belongs, Copied, Portion, Refused
-from mpsearch.errors import InputError, UnsafeError
+from mpsearch.bundles.reach import Reach
+from mpsearch.errors import InputError, StorageError, UnsafeError, did_you_mean
 from mpsearch.records import CellRow, ValueRow
 from mpsearch.spec import StudySpec
 
@@ -62,10 +64,16 @@ def _bundle(store: Any, name: str, path: Path, strip_paths: bool) -> Path:
             path,
             {
                 "studies.jsonl": ({"name": x.name, "spec": dict(x.spec), "state": x.state} for x in studies),
-                "links.jsonl": ([x.study, x.kind, x.key, x.label, x.position] for x in portion.links),
-                "values.jsonl": (_value_row(x) for x in portion.values),
+                "links.jsonl": (
+                    [x.study, x.kind, x.key, x.label, x.position] for x in portion.links if x.kind in kinds.KINDS
+                ),
+                "values.jsonl": (_value_row(x) for x in portion.values if x.kind in kinds.KINDS),
                 "cells.jsonl": _cell_rows(portion),
-                "conflicts.jsonl": ([x.kind, x.key, dict(x.stored), dict(x.offered)] for x in portion.conflicts),
+                "conflicts.jsonl": (
+                    [x.kind, x.key, dict(x.stored), dict(x.offered)]
+                    for x in portion.conflicts
+                    if x.kind in (*kinds.KINDS, "cell")
+                ),
             },
         )
     return path
@@ -104,7 +112,8 @@ def _without_paths(row: Asked) -> Asked:
 def unbundle(path: str | Path, storage: str = DEFAULT, *, name: str = "", strip_remote_code: bool = False) -> Copied:
     """Read a bundle into a database: all of it, or nothing.
 
-    What is there already and the same is fine.
+    What is there already and the same is fine. Measurements, scores and surveys are taken as they are: nobody can tell
+    whether they were measured, and a later study here of the same model, text and versions takes them as known.
 
     Args:
         path: the file.
@@ -147,8 +156,14 @@ def merge(
     """
     source = registry.make("stores", "sql", url=other, create=False, read_only=True)
     with source, registry.make("upkeep", "copying", store=source).reading(None) as portion:
+        there = [row.name for row in portion.studies]
         for name in names or {}:
-            source.study(name)
+            # Not asked of the store: it has one connection to read by, which is at work here.
+            if name not in there:
+                raise StorageError(
+                    "E141", f"no study '{name}' in {source.place.shown}{did_you_mean(name, there)}",
+                    advice=f"mpsearch show --storage {shlex.quote(source.place.name)}",
+                )  # fmt: skip
         checked = replace(portion, values=map(_checked_value, portion.values))
         checked = _harmless(checked.renamed(names or {}), other, strip_remote_code)
         with registry.make("stores", "sql", url=into) as store:
@@ -194,13 +209,27 @@ def _unusable(what: str, error: Exception) -> InputError:
 
 
 def _portion(archive: Archive) -> Portion:
+    studies = list(archive.rows("studies.jsonl", _read_study))
+    links = list(archive.rows("links.jsonl", _read_link))
+    try:
+        reach = Reach.of(studies, links, archive.rows("values.jsonl", _named))
+    except InputError as error:
+        # That of a row says where it stands.
+        raise error if error.where else archive.broken(error.message) from error
     return Portion(
-        list(archive.rows("studies.jsonl", _read_study)),
-        list(archive.rows("links.jsonl", _read_link)),
-        archive.rows("values.jsonl", _read_value),
-        _cells(archive),
-        archive.rows("conflicts.jsonl", _read_conflict),
+        studies,
+        links,
+        archive.rows("values.jsonl", lambda row: reach.value(_read_value(row))),
+        _cells(archive, reach),
+        archive.rows("conflicts.jsonl", lambda row: reach.conflict(_read_conflict(row))),
     )
+
+
+def _named(row: Any) -> tuple[str, str, Mapping[str, Any]]:
+    kind, key, body = _typed(row["kind"], str), _typed(row["key"], str), _typed(row["body"], dict)
+    if kind not in kinds.KINDS:
+        raise ValueError(f"values of kind {ascii(kind)[:40]} do not travel")
+    return kind, key, body
 
 
 def _read_study(row: Any) -> Asked:
@@ -240,14 +269,15 @@ def _read_conflict(row: Any) -> Refused:
     return Refused(_typed(kind, str), _typed(key, str), _typed(stored, dict), _typed(offered, dict))
 
 
-def _cells(archive: Archive) -> Iterator[tuple[str, CellRow]]:
+def _cells(archive: Archive, reach: Reach) -> Iterator[tuple[str, CellRow]]:
     scope = ""
 
     def read(row: Any) -> tuple[str, CellRow] | None:
         nonlocal scope
         if isinstance(row, dict):
-            scope = _typed(row["scope"], str)
+            scope = reach.scope(_typed(row["scope"], str))
             return None
+        reach.scope(scope)
         layer, fmt, batch, status, value, spread, samples, reason, seconds = _typed(row, list)
         texts = [_typed(x, str) for x in (layer, fmt, status, reason)]
         numbers = [None if x is None else float(_typed(x, (int, float))) for x in (value, spread)]

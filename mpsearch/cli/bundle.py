@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +16,8 @@ StripCode = Annotated[
     bool,
     typer.Option("--strip-remote-code", help="Take a study that would run the model's own code as one that does not."),
 ]
+
+_TRUST = "trust   surveys, scores and measurements are the sender's word; studies here will take them as known\n"
 
 
 def bundle(
@@ -38,7 +41,9 @@ def bundle(
     if as_json:
         sys.stdout.write(json.dumps({"bundle": str(path), "bytes": size}) + "\n")
         return
-    sys.stdout.write(f"bundle  {path} ({size:,} bytes)\nnext    mpsearch unbundle {path} --storage there.db\n")
+    sys.stdout.write(
+        f"bundle  {path} ({size:,} bytes)\nnext    mpsearch unbundle {shlex.quote(str(path))} --storage there.db\n"
+    )
 
 
 def unbundle(
@@ -52,8 +57,6 @@ def unbundle(
 
     mpsearch unbundle tiny-llama.mps --as theirs
     """
-    import shlex
-
     from mpsearch.bundles.sharing import unbundle as read
     from mpsearch.cli.show import safe
 
@@ -65,3 +68,4 @@ def unbundle(
     for study in found.studies:
         sys.stdout.write(f"study   {safe(study)}: {found.values} values and {found.cells} cells were new\n")
         sys.stdout.write(f"next    mpsearch show {shlex.quote(safe(study))}{storage_option(storage)}\n")
+    sys.stdout.write(_TRUST)

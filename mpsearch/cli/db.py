@@ -11,12 +11,12 @@ from typing import Annotated, Any
 import typer
 
 from mpsearch.cli.bundle import StripCode
-from mpsearch.cli.options import DEFAULT_STORAGE, Json, storage_option
+from mpsearch.cli.options import DEFAULT_STORAGE, STORAGE_VARIABLE, Json, storage_option
 from mpsearch.errors import StorageError, UsageError
 
 app = typer.Typer(name="db", help="Look after a results database.", no_args_is_help=True)
 
-Where = Annotated[str, typer.Argument(help="Results database: a path or URL.")]
+Where = Annotated[str, typer.Argument(envvar=STORAGE_VARIABLE, help="Results database: a path or URL.")]
 _SHOWN = 50
 
 
@@ -109,25 +109,25 @@ def rescue(
         sys.stdout.write(json.dumps(body) + "\n")
         return
     if found.whole:
-        sys.stdout.write(f"{file} is not damaged; {out} is a copy of it\n")
+        sys.stdout.write(f"{safe(str(file))} is not damaged; {safe(str(out))} is a copy of it\n")
     for table, count in found.rows.items():
         if count:
             sys.stdout.write(f"{table:<10} {count:>9,} rows\n")
     for line in found.lost:
         sys.stdout.write(f"lost       {safe(line)}\n")
-    sys.stdout.write(f"next       mpsearch show --storage {out}\n")
+    sys.stdout.write(f"next       mpsearch show --storage {shlex.quote(str(out))}\n")
 
 
 @app.command()
 def gc(
     storage: Where = DEFAULT_STORAGE,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
-    days: Annotated[float, typer.Option(help="Values and done tasks must be as old as this, in days.")] = 7.0,
+    days: Annotated[float, typer.Option(help="Values must be as old as this, in days.")] = 7.0,
     log_days: Annotated[float, typer.Option(help="Lines of logs must be as old as this, in days.")] = 30.0,
     shrink: Annotated[bool, typer.Option("--shrink", help="Give the freed space of a file back to the disk.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Take out what no study needs: values that none names, done tasks, old lines of logs, workers long gone.
+    """Take out what no study needs: unnamed values, tasks of finished studies, old lines of logs, workers long gone.
 
     mpsearch db gc results.db --dry-run
     """
@@ -185,7 +185,7 @@ def stats(storage: Where = DEFAULT_STORAGE, as_json: Json = False) -> None:
 @app.command()
 def merge(
     other: Annotated[str, typer.Argument(help="The database that is read.")],
-    into: Annotated[str, typer.Option(help="The database that is written.")] = DEFAULT_STORAGE,
+    into: Annotated[str, typer.Option(envvar=STORAGE_VARIABLE, help="The database that is written.")] = DEFAULT_STORAGE,
     rename: Annotated[list[str] | None, typer.Option("--as", help="OLD=NEW name of a study; again for more.")] = None,
     strip_remote_code: StripCode = False,
     as_json: Json = False,

@@ -8,12 +8,14 @@ from typing import Annotated
 
 import typer
 
-from mpsearch.cli.options import Json
+from mpsearch.cli.options import STORAGE_VARIABLE, Json
 from mpsearch.errors import ResourceError
 
 
 def doctor(
-    storage: Annotated[str, typer.Option(help="Results database to look at as well: a path or URL.")] = "",
+    storage: Annotated[
+        str, typer.Option(envvar=STORAGE_VARIABLE, help="Results database to look at as well: a path or URL.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Look at versions, disk, memory, threads, database, Ray and kernels; each line is ok, warn or fail.

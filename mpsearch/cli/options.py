@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mpsearch.logs import without_password
+
 if TYPE_CHECKING:
     from mpsearch.studying import Study
 
@@ -16,7 +18,11 @@ if TYPE_CHECKING:
 DEBUG: ContextVar[bool] = ContextVar("debug", default=False)
 
 DEFAULT_STORAGE = "sqlite:///mpsearch.db"
-Storage = Annotated[str, typer.Option(help="Results database: a path or URL.")]
+#: Where commands find the database that none is named for: its address may hold a password.
+STORAGE_VARIABLE = "MPSEARCH_STORAGE"
+Storage = Annotated[str, typer.Option(envvar=STORAGE_VARIABLE, help="Results database: a path or URL.")]
+#: The same, where a study file may name one.
+StudyStorage = Annotated[str | None, typer.Option(envvar=STORAGE_VARIABLE, help="Results database: a path or URL.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Budgets = Annotated[
@@ -38,8 +44,13 @@ def worker_count(asked: int | None) -> int:
 
 
 def storage_option(storage: str) -> str:
-    """The option that names a database, for a command to copy; empty for the default one."""
-    return "" if storage == DEFAULT_STORAGE else f" --storage {shlex.quote(storage)}"
+    """The option that names a database, for a command to copy; empty for the one that is used without.
+
+    It never holds a password, which ``~/.pgpass`` or the variable has.
+    """
+    if storage == (os.environ.get(STORAGE_VARIABLE) or DEFAULT_STORAGE):
+        return ""
+    return f" --storage {shlex.quote(without_password(storage))}"
 
 
 def open_study(name: str, storage: str, read_only: bool = False) -> Study:

@@ -91,10 +91,11 @@ class Progress:
         """
         try:
             yield
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             self.end()
+            stopped = "cancelled" if getattr(stop, "wanted", "") == "cancel" else "paused"
             noted = any(row.name == study.name for row in study.store.studies())
-            sys.stderr.write(f"paused; go on with: {again if noted else 'the same command'}\n")
+            sys.stderr.write(f"{stopped}; go on with: {again if noted else 'the same command'}\n")
             sys.stderr.flush()
             study.store.close()
             # Python would wait for the threads of a pool that was ended in the middle, and that can take for ever.

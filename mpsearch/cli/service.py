@@ -18,20 +18,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpsearch.cli.options import DEFAULT_STORAGE, Json, Storage, Workers, storage_option
+from mpsearch.cli.options import DEFAULT_STORAGE, Json, Storage, StudyStorage, Workers, storage_option
 from mpsearch.errors import UsageError
 
 if TYPE_CHECKING:
     from mpsearch.records import EventRow, StudyStatus
 
-#: Where commands that others start find the database: its address may hold a password.
-_VARIABLE = "MPSEARCH_STORAGE"
 _EXIT = {"complete": 0, "gaps": 5, "failed": 3, "paused": 0, "cancelled": 0}
 
 
 def submit(
     what: Annotated[Path, typer.Argument(help="A study file (.toml).")],
-    storage: Annotated[str | None, typer.Option(help="Results database: a path or URL.")] = None,
+    storage: StudyStorage = None,
     name: Annotated[str | None, typer.Option(help="Name of the study.")] = None,
     workers: Workers = None,
     ray: Annotated[str, typer.Option(help="Address of a Ray cluster's dashboard, to run it there as a job.")] = "",
@@ -56,11 +54,14 @@ def submit(
     given = {"storage": storage, "name": name, "workers": workers}
     spec = StudySpec.load(what, **{key: value for key, value in given.items() if value is not None})
     with registry.make("stores", "sql", url=spec.storage) as store:
-        hand_over(spec, store, background=False if ray or wait else None)
+        if ray:
+            from mpsearch.executors.ray import check_shown, submit_job
+
+            check_shown(spec.name, store.address)
+        # A Ray job drives it, and nobody else.
+        hand_over(spec, store, background=False if wait else None, offered=not ray)
         address = store.address
     if ray:
-        from mpsearch.executors.ray import submit_job
-
         job = submit_job(ray, spec.name, address, spec.workers, working_dir, requirements)
         sys.stdout.write(f"job     {job}\n")
     _next(spec.name, spec.storage)
@@ -72,7 +73,7 @@ def _next(name: str, storage: str) -> None:
 
 
 def worker(
-    storage: Annotated[str, typer.Option(envvar=_VARIABLE, help="Results database: a path or URL.")] = DEFAULT_STORAGE,
+    storage: Storage = DEFAULT_STORAGE,
     study: Annotated[str, typer.Option(help="Drive this study, and leave when it has ended.")] = "",
     idle: Annotated[float, typer.Option(help="Leave after so many seconds without work.")] = math.inf,
     workers: Annotated[int, typer.Option(help="With --study: processes that compute.")] = 1,

@@ -194,7 +194,7 @@ class RemoteStudy:
         return self._steer("pause")
 
     def resume(self) -> StudyStatus:
-        """Ask the study to go on."""
+        """Ask the study to go on; ``submitted`` says that it waits for a worker of the database to take it on."""
         return self._steer("resume")
 
     def cancel(self) -> StudyStatus:

@@ -151,17 +151,16 @@ def find_token(token: str | Path, port: int) -> str:
     file = given if isinstance(given, Path) else token_file(port)
     try:
         text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        held = json.loads(text) if text.lstrip().startswith("{") else {"token": text}
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             "E901",
             "no token is known for this server",
             because=f"'{file}' cannot be read",
             advice="give token=…, or set MPSEARCH_TOKEN",
         ) from error
-    if not text.lstrip().startswith("{"):
-        return _clean(text)
-    found = json.loads(text)
-    return _clean(found.get("token") or found.get("read_token") or "")
+    found = held.get("token") or held.get("read_token")
+    return _clean(found if isinstance(found, str) else "")
 
 
 def _clean(token: str) -> str:

@@ -7,7 +7,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Workers may die this often in a row without having claimed anything.
 _PATIENCE = 3
+#: Seconds after its start until which a worker that dies without a task has not done anything.
+_YOUNG = 60.0
 #: Seconds that a worker may take to leave when it has nothing to do.
 _FAREWELL = 5.0
 
@@ -39,6 +44,7 @@ class Pool:
         self._order: Order | None = None
         self._lost: Callable[[str, str], Sequence[str]] = lambda name, reason: ()
         self._early = 0
+        self._since: dict[str, float] = {}
 
     def begin(self, order: Order, here: Callable[[], Worker], lost: Callable[[str, str], Sequence[str]]) -> None:
         """Start the workers."""
@@ -54,15 +60,19 @@ class Pool:
         for name, process in list(self._running.items()):
             if process.exitcode is not None:
                 del self._running[name]
-                self._count(self._lost(name, _ending(process.exitcode)), process.exitcode)
+                young = time.monotonic() - self._since.pop(name) < _YOUNG
+                tasks = self._lost(name, _ending(process.exitcode))
+                self._count(young and not tasks, process.exitcode)
         while len(self._running) < self.workers:
             process = multiprocessing.get_context("spawn").Process(target=_work, args=(self._order,), daemon=True)
-            process.start()
-            self._running[process_name(process.pid)] = process
+            with _deaf():
+                process.start()
+            name = process_name(process.pid)
+            self._running[name], self._since[name] = process, time.monotonic()
         return ()
 
-    def _count(self, tasks: Sequence[str], code: int) -> None:
-        self._early = 0 if tasks else self._early + 1
+    def _count(self, early: bool, code: int) -> None:
+        self._early = self._early + 1 if early else 0
         if self._early >= _PATIENCE:
             raise ResourceError(
                 "E522",
@@ -78,13 +88,32 @@ class Pool:
         """End the workers."""
         for process in self._running.values():
             (process.kill if now else process.terminate)()
+        until = time.monotonic() + _FAREWELL
         for name, process in self._running.items():
-            process.join(_FAREWELL)
+            process.join(max(0.0, until - time.monotonic()))
             if process.exitcode is None:
                 process.kill()
                 process.join()
             self._lost(name, "")
         self._running = {}
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Start processes that do not hear Ctrl-C from their first moment on; this one hears it when the block ends.
+
+    While it loads, a worker could not answer but with a traceback.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    # Its first start, which the first process would cause, opens the door to Ctrl-C again.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _ending(code: int) -> str:

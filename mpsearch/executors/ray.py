@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.version import Version
 
 from mpsearch.errors import InputError, MpsearchError, ResourceError, UnsafeError
+from mpsearch.logs import without_password
 
 if TYPE_CHECKING:
     from mpsearch.working import Done, Order, Worker
@@ -96,7 +97,7 @@ def _connected(address: str) -> tuple[Any, bool]:
     _check_reached(address)
     try:
         ray.init(address=address, **quiet)
-    except ray.exceptions.AuthenticationError as error:
+    except _no_entry(ray) as error:
         raise _locked(address) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(
@@ -104,6 +105,11 @@ def _connected(address: str) -> tuple[Any, bool]:
             advice="ray start --head on one machine, ray start --address=… on the others",
         ) from error  # fmt: skip
     return ray, True
+
+
+def _no_entry(ray: Any) -> Any:
+    """What Ray raises where a token is missing; its earlier versions ask for none."""
+    return getattr(ray.exceptions, "AuthenticationError", ())
 
 
 def _locked(address: str) -> InputError:
@@ -263,6 +269,22 @@ def _work(order: Order, name: str) -> None:
     serve(order, lambda: False, name)
 
 
+def check_shown(study: str, storage: str) -> None:
+    """Refuse an address with a password: Ray shows the environment of its jobs to whoever opens its dashboard.
+
+    Raises:
+        UnsafeError: E622.
+    """
+    plain = without_password(storage)
+    if plain != storage:
+        raise UnsafeError(
+            "E622",
+            f"study '{study}' is not made a Ray job: the address of its database holds a password",
+            because="Ray's dashboard shows the environment of jobs to everybody who reaches it",
+            advice=f"put the password into ~/.pgpass on the nodes, and give --storage {shlex.quote(plain)}",
+        )
+
+
 def submit_job(
     address: str, study: str, storage: str, workers: int, working_dir: Path | None, requirements: Path | None
 ) -> str:
@@ -278,8 +300,9 @@ def submit_job(
 
     Raises:
         InputError: no dashboard answers there, or the list of packages is not there (E432, E101).
-        UnsafeError: an old version of Ray (E620).
+        UnsafeError: an old version of Ray (E620), or an address with a password, which the dashboard would show (E622).
     """
+    check_shown(study, storage)
     try:
         import ray
         from ray.job_submission import JobSubmissionClient
@@ -299,7 +322,7 @@ def submit_job(
     try:
         client = JobSubmissionClient(address)
         job: str = client.submit_job(entrypoint=command, runtime_env=environment, metadata={"study": study})
-    except ray.exceptions.AuthenticationError as error:
+    except _no_entry(ray) as error:
         raise _locked(address) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(

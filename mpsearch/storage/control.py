@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, and_, case, delete, func, select, update
@@ -49,29 +50,39 @@ class Control:
             self._set(connection, name, wanted="run", home=home, state=state, reason="", updated=now())
 
     @again
-    def drive(self, name: str, owner: str, lease: float) -> int:
-        """Take a study to drive it, and return the epoch that proves it. What is wanted of it stays as it is.
+    def drive(self, name: str, owner: str, lease: float, adopt: bool = False) -> int:
+        """Take a study to drive it, and return the epoch that proves it. Who runs a study wants it to run.
 
         Args:
             name: a study of this database.
             owner: the process, named by `mpsearch.machine.process_name`.
             lease: seconds after which others may take it, unless `beat` comes.
+            adopt: only a study that waits, see `waiting`, and leave what is wanted of it as it is: for those who found
+                it waiting, as its user may have stopped or run it since.
 
         Raises:
-            StorageError: another process drives it (E144), no such study (E141).
+            StorageError: another process drives it (E144), it does not wait for a driver any more (E145), no such
+                study (E141).
         """
         check_text("driver", owner, 400)
+        names = ("driver", "driver_until", "driver_epoch", "state", "wanted")
         with self._database.writing() as connection:
-            held = select(_columns.driver, _columns.driver_until, _columns.driver_epoch, clock(connection))
+            held = select(*(_columns[name] for name in names), clock(connection).label("moment"))
             row = connection.execute(held.where(_columns.name == name).with_for_update()).one_or_none()
             if row is None:
                 raise studies.missing(connection, name, self._database.place.shown)
-            driver, until, epoch, moment = row
-            if driver and until is not None and until > moment and driver != owner and not is_gone(driver):
-                raise _driven(name, driver, until - moment)
-            change = {"driver": owner, "driver_epoch": epoch + 1, "driver_until": clock(connection) + lease}
-            self._set(connection, name, **change, state="running", reason="", phase="", done=0, total=0, updated=now())
-            return int(epoch) + 1
+            until, mine = row.driver_until, row.driver == owner
+            left = until is None or until <= row.moment or is_gone(row.driver)
+            if row.driver and not left and not mine:
+                raise _driven(name, row.driver, until - row.moment)
+            # The answer to an earlier call may have been lost on its way, so it may be this one's already.
+            waits = row.state == "submitted" or (row.state == "running" and (left or mine))
+            if adopt and not (waits and row.wanted == "run"):
+                raise _settled(name, row.state, row.wanted)
+            change = {"driver": owner, "driver_epoch": row.driver_epoch + 1, "driver_until": clock(connection) + lease}
+            change |= {"state": "running", "wanted": "run", "reason": "", "phase": "", "done": 0, "total": 0}
+            self._set(connection, name, **change, updated=now())
+            return int(row.driver_epoch) + 1
 
     @again
     def beat(self, name: str, owner: str, epoch: int, lease: float, phase: str, done: int, total: int) -> str:
@@ -119,15 +130,21 @@ class Control:
             raise _lost(name)
 
     @again
-    def drop(self, name: str) -> None:
+    def drop(self, name: str, owner: str = "", epoch: int = 0) -> None:
         """Forget a study with its links, tasks and log; the values that it led to stay.
 
+        Args:
+            name: a study of this database.
+            owner: as given to `drive`: without effect unless this process drives the study, and has since ``epoch``.
+            epoch: what `drive` returned.
+
         Raises:
-            StorageError: no such study (E141).
+            StorageError: no such study (E141), where no owner is given.
         """
         check_text("study name", name)
+        which = _held(name, owner, epoch) if owner else _columns.name == name
         with self._database.writing() as connection:
-            if not connection.execute(delete(study_table).where(_columns.name == name)).rowcount:
+            if not connection.execute(delete(study_table).where(which)).rowcount and not owner:
                 raise studies.missing(connection, name, self._database.place.shown)
 
     @again
@@ -211,7 +228,7 @@ class Control:
             text: what happened; cut when it is long.
 
         Raises:
-            StorageError: no such study (E141).
+            StorageError: no such study (E141), which may have been dropped since its work began.
         """
         check_text("kind", kind, 20)
         with self._database.writing() as connection:
@@ -293,9 +310,11 @@ def _statuses(connection: Connection) -> Any:
 
 def _status(row: Any) -> StudyStatus:
     told = {name: getattr(row, name) for name in _SHOWN}
-    if row.state == "running" and row.driver_until is not None and not row.live:
-        told["state"] = "interrupted"
-    return StudyStatus(**told, live=bool(row.live), updated=row.updated)
+    live = bool(row.live) and not is_gone(row.driver)
+    if row.state == "running" and row.driver_until is not None and not live:
+        # Nobody is there to do what is wanted, so it is done.
+        told["state"] = {"pause": "paused", "cancel": "cancelled"}.get(row.wanted, "interrupted")
+    return StudyStatus(**told, live=live, updated=row.updated)
 
 
 def _driven(name: str, driver: str, left: float) -> StorageError:
@@ -306,6 +325,16 @@ def _driven(name: str, driver: str, left: float) -> StorageError:
         f"study '{name}' is being run by another process: pid {shown(pid)} on {shown(host)}",
         because=f"it gave a sign of life, which holds for {max(1, round(left))} s more",
         advice="`mpsearch watch` shows how it goes on, `mpsearch pause` stops it",
+    )
+
+
+def _settled(name: str, state: str, wanted: str) -> StorageError:
+    stopped = {"pause": "it shall pause", "cancel": "it shall be cancelled"}
+    return StorageError(
+        "E145",
+        f"study '{name}' is no longer waiting for a driver: {stopped.get(wanted, f'it is {state}')}",
+        because="somebody stopped it, or ran it to its end, in the meantime",
+        advice=f"`mpsearch resume {shlex.quote(name)}` runs it again",
     )
 
 

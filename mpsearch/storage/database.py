@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,32 +16,39 @@ from sqlalchemy import Connection, Engine
 
 from mpsearch.errors import ResourceError, StorageError
 from mpsearch.storage.engine import READING, looking_engine, make_engine
-from mpsearch.storage.failures import translated
+from mpsearch.storage.failures import AwayError, UndoneError, translated
 from mpsearch.storage.files import prepare
 from mpsearch.storage.place import Place
 from mpsearch.storage.schema import SCHEMA, newer, schema_version
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-#: How often a call is made whose connection is lost each time.
-_TRIES = 3
+#: How often a call is made whose connection is lost each time, and one that the database undoes each time.
+_TRIES, _UNDONE = 3, 8
 
 
 def again(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Do a call anew whose connection was lost on the way; all calls may be made twice.
+    """Do a call anew whose connection was lost on the way, or that was undone; all calls may be made twice.
 
     A new connection waits for the server to come back; see `mpsearch.storage.server`.
     """
 
     @wraps(method)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        for _ in range(_TRIES - 1):
+        lost = undone = 0
+        while True:
             try:
                 return method(*args, **kwargs)
-            except StorageError as error:
-                if error.code != "E609":
+            except UndoneError:
+                undone += 1
+                if undone == _UNDONE:
                     raise
-        return method(*args, **kwargs)
+                # Those who met must not meet again.
+                time.sleep(random.uniform(0.0, 0.01 * 2**undone))
+            except StorageError as error:
+                lost += 1
+                if error.code != "E609" or isinstance(error, AwayError) or lost == _TRIES:
+                    raise
 
     return call
 

@@ -20,13 +20,21 @@ class UnreadableError(Exception):
     """A stored value cannot be what mpsearch wrote. `translated` turns it into E603."""
 
 
+class UndoneError(StorageError):
+    """The database undid a transaction, as it and another waited for each other; the same call may do now."""
+
+
+class AwayError(StorageError):
+    """A server that answered earlier does not now, and was waited for."""
+
+
 @contextmanager
 def translated(place: Place) -> Iterator[None]:
     """Turn what a driver raises inside the block into one of our errors.
 
     Raises:
-        StorageError: locked (E601), damaged (E603), too many connections (E607), no log-in (E608), the
-            connection was lost (E609), other (E600).
+        StorageError: locked, or undone for another one's sake (E601), damaged (E603), too many connections (E607), no
+            log-in (E608), the connection was lost (E609), other (E600).
         ResourceError: the disk is full or cannot be written (E701).
     """
     started = time.monotonic()
@@ -80,8 +88,15 @@ def _from_sqlite(driver: sqlite3.Error, place: Place, waited: float) -> Mpsearch
 
 def _from_server(driver: BaseException, place: Place, waited: float, gone: bool) -> MpsearchError:
     state = getattr(driver, "sqlstate", None) or ""
-    if state in ("55P03", "57014", "40P01"):
+    if state in ("55P03", "57014"):
         return _locked(place, waited)
+    if state in ("40P01", "40001"):
+        return UndoneError(
+            "E601",
+            f"'{place.name}': another program and this one waited for each other, time and again",
+            because=_one_line(driver, place),
+            advice="nothing is lost; run the same command again",
+        )
     if state == "53300":
         return StorageError(
             "E607",
@@ -105,6 +120,16 @@ def _from_server(driver: BaseException, place: Place, waited: float, gone: bool)
     if state[:2] == "53":
         return ResourceError("E701", f"{place.shown} is out of disk or memory", because=_one_line(driver, place))
     return _unknown(driver, place)
+
+
+def away(driver: BaseException, place: Place) -> AwayError:
+    """The error for a server that cannot be reached any more; it has no cause, which might show the password."""
+    return AwayError(
+        "E609",
+        f"{place.shown} does not answer any more",
+        because=_one_line(driver, place),
+        advice="nothing that was stored is lost; see that the server runs, and run the same command again",
+    )
 
 
 def _damaged(place: Place, detail: str) -> StorageError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -16,7 +15,9 @@ from sqlalchemy import ColumnElement, Connection, and_, delete, func, select
 from sqlalchemy.schema import Table
 
 from mpsearch.storage.copying import reached
+from mpsearch.storage.database import again
 from mpsearch.storage.failures import translated
+from mpsearch.storage.portable import clock
 from mpsearch.storage.schema import (
     cell_table,
     conflict_table,
@@ -35,8 +36,12 @@ if TYPE_CHECKING:
 FINISHED = ("complete", "gaps", "cancelled")
 #: Times of kernels and models belong to the machine, and serve every later study.
 _SHARED_KINDS = ("kernel_time", "whole_time")
-_CHUNK = 500
+#: Rows of one transaction, and scopes, which have thousands of cells.
+_CHUNK, _SCOPES = 500, 10
 _DAY = 86400.0
+#: Days; longer than any database is old.
+_LONGEST = 36500.0
+_PASSING = (task_table, event_table, worker_table)
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Collected:
     Attributes:
         values: kind -> how many.
         cells: scored cells.
-        tasks: done tasks.
+        tasks: tasks of finished studies.
         events: lines of logs.
         workers: workers that have not been seen.
         kept_for: unfinished studies, for which all values and cells stay.
@@ -81,8 +86,11 @@ def collect(
     """Take out values that no study names, directly or through others, and cells of no scope that is named.
 
     What was kept in the last days stays, for somebody may be at work. While a study is not finished every value and
-    cell stays, for it may need what it has not named yet. Done tasks of finished studies go, old lines of logs, and
-    workers that were not seen for a day.
+    cell stays, for it may need what it has not named yet. Tasks of finished studies go unless somebody is at them, old
+    lines of logs, and workers that were not seen for a day.
+
+    What goes is looked for first, and taken out in small transactions for which nobody waits long. If a study begins
+    meanwhile, the values and cells that are left stay.
 
     Args:
         store: the database.
@@ -91,47 +99,87 @@ def collect(
         log_days: age in days that lines of logs must have.
         shrink: give the freed space of an SQLite file back to the disk.
     """
-    with store.reading() if dry_run else store.writing() as connection:
-        found = _collect(connection, days * _DAY, log_days * _DAY, dry_run)
-    if shrink and not dry_run and store.place.path is not None:
-        with translated(store.place), closing(sqlite3.connect(store.place.path, timeout=60)) as file:
-            file.execute("VACUUM")
-    return found
-
-
-def _collect(connection: Connection, age: float, log_age: float, dry_run: bool) -> Collected:
-    busy = connection.execute(select(study_table.c.name).where(study_table.c.state.not_in(FINISHED))).scalars().all()
-    values: Sequence[tuple[str, str]] = ()
-    scopes: Sequence[str] = ()
-    if not busy:
-        values, scopes = _unneeded(connection, age)
-    now = clock(connection)
-    ended = select(study_table.c.id).where(study_table.c.state.in_(FINISHED))
-    tasks = _count(connection, task_table, and_(task_table.c.state == "done", task_table.c.study.in_(ended)))
-    events = _count(connection, event_table, event_table.c.time < now - log_age)
-    at_work = select(task_table.c.worker).where(task_table.c.state == "leased")
-    gone = and_(worker_table.c.seen < now - _DAY, worker_table.c.name.not_in(at_work))
-    workers = _count(connection, worker_table, gone)
-    cells = sum(_count(connection, cell_table, cell_table.c.scope.in_(chunk)) for chunk in _chunks(scopes))
+    before = (datetime.now(UTC) - timedelta(days=min(days, _LONGEST))).isoformat(timespec="microseconds")
+    with store.reading() as connection:
+        seen = _studies(connection)
+        busy = tuple(sorted(name for name, state, *_ in seen if state not in FINISHED))
+        values, scopes = ([], []) if busy else _unneeded(connection, before)
+        cells = sum(_count(connection, cell_table, cell_table.c.scope.in_(chunk)) for chunk in _chunks(scopes))
+        counts = [_count(connection, *_passing(connection, table, log_days)) for table in _PASSING]
+    kinds = Counter(kind for kind, _ in values)
     if not dry_run:
-        for chunk in _chunks(scopes):
-            connection.execute(delete(cell_table).where(cell_table.c.scope.in_(chunk)))
-        for kind in dict.fromkeys(kind for kind, _ in values):
-            for chunk in _chunks([key for other, key in values if other == kind]):
-                connection.execute(delete(value_table).where(value_table.c.kind == kind, value_table.c.key.in_(chunk)))
-        connection.execute(delete(task_table).where(task_table.c.state == "done", task_table.c.study.in_(ended)))
-        connection.execute(delete(event_table).where(event_table.c.time < now - log_age))
-        connection.execute(delete(worker_table).where(gone))
-    kinds = dict(sorted(Counter(kind for kind, _ in values).items()))
-    return Collected(kinds, cells, tasks, events, workers, tuple(sorted(busy)))
+        # Cells before the values that tell their unit: without that they would be taken for known.
+        cells = sum(_take_cells(store, seen, chunk) for chunk in _chunks(scopes, _SCOPES))
+        for kind in kinds:
+            keys = [key for other, key in values if other == kind]
+            kinds[kind] = sum(_take_values(store, seen, kind, chunk, before) for chunk in _chunks(keys))
+        counts = [sum(iter(lambda: _take_passing(store, table, log_days), 0)) for table in _PASSING]  # noqa: B023
+        if shrink and store.place.path is not None:
+            with translated(store.place), closing(sqlite3.connect(store.place.path, timeout=60)) as file:
+                file.execute("VACUUM")
+    tasks, events, workers = counts
+    return Collected(dict(sorted((+kinds).items())), cells, tasks, events, workers, busy)
 
 
-def _unneeded(connection: Connection, age: float) -> tuple[list[tuple[str, str]], list[str]]:
+def _studies(connection: Connection) -> list[tuple[Any, ...]]:
+    columns = study_table.c
+    chosen = select(columns.name, columns.state, columns.updated, columns.driver_epoch, columns.id)
+    return sorted(tuple(row) for row in connection.execute(chosen))
+
+
+def _unchanged(connection: Connection, seen: list[tuple[Any, ...]]) -> bool:
+    """Whether no study began or changed, and none will until the end of the transaction."""
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql("LOCK TABLE study IN SHARE MODE")
+    return _studies(connection) == seen
+
+
+@again
+def _take_cells(store: SqlStore, seen: list[tuple[Any, ...]], scopes: Sequence[str]) -> int:
+    with store.writing() as connection:
+        if not _unchanged(connection, seen):
+            return 0
+        return int(connection.execute(delete(cell_table).where(cell_table.c.scope.in_(scopes))).rowcount)
+
+
+@again
+def _take_values(store: SqlStore, seen: list[tuple[Any, ...]], kind: str, keys: Sequence[str], before: str) -> int:
+    columns = value_table.c
+    with store.writing() as connection:
+        if not _unchanged(connection, seen):
+            return 0
+        linked = set(connection.execute(select(link_table.c.key).where(link_table.c.key.in_(keys))).scalars())
+        going = [key for key in keys if key not in linked]
+        old = and_(columns.kind == kind, columns.key.in_(going), columns.created < before)
+        return int(connection.execute(delete(value_table).where(old)).rowcount)
+
+
+def _passing(connection: Connection, table: Table, log_days: float) -> tuple[Table, ColumnElement[bool]]:
+    """What goes of a table whose rows nobody names."""
+    if table is task_table:
+        ended = select(study_table.c.id).where(study_table.c.state.in_(FINISHED))
+        return table, and_(task_table.c.state != "leased", task_table.c.study.in_(ended))
+    if table is event_table:
+        return table, event_table.c.time < clock(connection) - log_days * _DAY
+    at_work = select(task_table.c.worker).where(task_table.c.state == "leased")
+    return table, and_(worker_table.c.seen < clock(connection) - _DAY, worker_table.c.name.not_in(at_work))
+
+
+@again
+def _take_passing(store: SqlStore, table: Table, log_days: float) -> int:
+    (key,) = table.primary_key.columns
+    with store.writing() as connection:
+        _, condition = _passing(connection, table, log_days)
+        chosen = select(key).where(condition).order_by(key).limit(_CHUNK).with_for_update(skip_locked=True, of=table)
+        keys = connection.execute(chosen).scalars().all()
+        return int(connection.execute(delete(table).where(key.in_(keys))).rowcount)
+
+
+def _unneeded(connection: Connection, before: str) -> tuple[list[tuple[str, str]], list[str]]:
     """(kind, key) of values, and scopes of cells, that no study names."""
-    before = (datetime.now(UTC) - timedelta(seconds=age)).isoformat(timespec="microseconds")
     roots = set(connection.execute(select(link_table.c.key)).scalars())
     roots |= set(connection.execute(select(conflict_table.c.key)).scalars())
-    roots |= set(connection.execute(select(task_table.c.key).where(task_table.c.state != "done")).scalars())
+    roots |= set(connection.execute(select(task_table.c.key).where(task_table.c.state == "leased")).scalars())
     needed: set[tuple[str, str]] = set()
     for kind, key, _, _ in reached(connection, roots):
         needed.add((kind, key))
@@ -153,19 +201,11 @@ def _unneeded(connection: Connection, age: float) -> tuple[list[tuple[str, str]]
     return values, sorted(scopes)
 
 
-def clock(connection: Connection) -> float:
-    """Seconds since 1970 by the clock of the database."""
-    if connection.dialect.name == "sqlite":
-        # An SQLite file has no clock but that of who opens it.
-        return time.time()
-    return float(connection.execute(select(func.extract("epoch", func.now()))).scalar_one())
-
-
 def _count(connection: Connection, table: Table, condition: ColumnElement[bool]) -> int:
     return int(connection.execute(select(func.count()).select_from(table).where(condition)).scalar_one())
 
 
-def _chunks(rows: Sequence[Any]) -> Iterator[list[Any]]:
+def _chunks(rows: Sequence[Any], size: int = _CHUNK) -> Iterator[list[Any]]:
     left = iter(rows)
-    while chunk := list(islice(left, _CHUNK)):
+    while chunk := list(islice(left, size)):
         yield chunk

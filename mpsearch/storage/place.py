@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +10,10 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from mpsearch.errors import InputError
+from mpsearch.logs import hidden
+
+#: Put stars in place of every password and token that a text holds.
+hide = hidden
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,3 @@ class Place:
 
 
 _EXAMPLES = "sqlite:///mpsearch.db, the path of a file, or postgresql://user@host/database"
-
-
-def hide(text: str) -> str:
-    """Put stars in place of every password in an address that a text holds.
-
-    >>> hide("storage postgresql://ann:secret@db.lan/mp")
-    'storage postgresql://ann:***@db.lan/mp'
-    """
-    text = re.sub(r"(://[^\s:/@]*):[^\s/]*@", r"\1:***@", text)
-    return re.sub(r"(?i)(password=)[^\s&'\"]+", r"\1***", text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, and_, case, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Delete, and_, case, delete, func, or_, select, update
 
 from mpsearch.errors import StorageError
 from mpsearch.records import CellRow, ClaimArgs, LeasedTask, TaskRow, TaskState, ValueRow
@@ -18,6 +18,8 @@ from mpsearch.storage.schema import study_table, task_table
 from mpsearch.storage.text import decode, encode
 
 _columns = task_table.c
+#: What a task has from the study that offers it.
+_OFFERED = ("study", "setup", "kind", "body", "position")
 
 
 class Queue:
@@ -37,7 +39,8 @@ class Queue:
     def offer(self, study: str, rows: Sequence[TaskRow], again: bool = False) -> None:
         """Put tasks up for work; those that are there already stay, as other studies may need them too.
 
-        A task that nobody has ended, and whose own study nobody drives now, goes over to this study.
+        A task that nobody has ended, and whose own study nobody drives now, goes over to this study, and is from then
+        on as this study offers it: one key may stand in several studies' setups.
 
         Args:
             study: name of the study that offers them.
@@ -66,7 +69,7 @@ class Queue:
             }
             statement = statement.values(updated=clock(connection)).on_conflict_do_update(
                 index_elements=["key"],
-                set_={"study": new.study, "position": new.position} | (fresh if again else {}),
+                set_={name: new[name] for name in _OFFERED} | (fresh if again else {}),
                 where=or_(ours, ended) if again else ours,
             )
             connection.execute(statement, [row | {"study": number} for row in prepared])
@@ -185,7 +188,8 @@ class Queue:
         theirs = and_(_columns.state == "leased", _columns.worker == worker)
         with self._database.writing() as connection:
             changed = taking.freed(connection, plain(reason)) if reason else {"state": "ready", "until": None}
-            found = connection.execute(update(task_table).where(theirs).values(changed).returning(_columns.key))
+            change = update(task_table).where(_columns.key.in_(taking.held(theirs))).values(changed)
+            found = connection.execute(change.returning(_columns.key))
             return sorted(found.scalars())
 
     @again
@@ -218,9 +222,37 @@ class Queue:
             return dict(sorted((str(state), int(count)) for state, count in rows))
 
     @again
-    def withdraw(self, study: str) -> None:
-        """Remove the tasks of a study that nobody has begun."""
-        self._remove(study, "ready")
+    def orphans(self, study: str, keys: Sequence[str]) -> list[str]:
+        """Return those of the tasks that nobody will end unless a study offers them (again), in the order given.
+
+        These are the tasks that are not there, and the unfinished ones of another study that nobody drives now, or
+        that is not wanted to run.
+
+        Args:
+            study: the study that asks; its own tasks are not among them while they are there.
+            keys: the tasks it waits for.
+        """
+        wanted = [[check_text("key", key, 64)] for key in dict.fromkeys(keys)]
+        with self._database.reading() as connection:
+            listing, key = listed(connection, wanted)
+            name = key[0].as_string()
+            unfinished = or_(_columns.state == "ready", _columns.state == "leased")
+            nobodys = and_(unfinished, study_table.c.name != study, ~taking.driven(connection))
+            source = listing.outerjoin(task_table, _columns.key == name)
+            source = source.outerjoin(study_table, study_table.c.id == _columns.study)
+            found = select(name).select_from(source).where(or_(_columns.key.is_(None), nobodys))
+            orphans = set(connection.execute(found).scalars())
+        return [row[0] for row in wanted if row[0] in orphans]
+
+    @again
+    def withdraw(self, study: str, epoch: int | None = None) -> None:
+        """Remove the tasks of a study that nobody has begun.
+
+        Args:
+            study: name of the study.
+            epoch: what `Control.drive` returned: without effect when another process has taken the study since.
+        """
+        self._remove(study, "ready", epoch=epoch)
 
     @again
     def discard(self, keys: Sequence[str]) -> None:
@@ -229,23 +261,33 @@ class Queue:
         with self._database.writing() as connection:
             listing, key = listed(connection, wanted)
             named = _columns.key.in_(select(key[0].as_string()).select_from(listing))
-            connection.execute(delete(task_table).where(named, _columns.state == "done"))
+            connection.execute(_delete(and_(named, _columns.state == "done")))
 
     @again
-    def forget(self, study: str, older: float = 0.0) -> None:
+    def forget(self, study: str, older: float = 0.0, epoch: int | None = None) -> None:
         """Remove the tasks of a study that are done; what they gave stays.
 
         Args:
             study: name of the study.
             older: seconds since they were done; others who wait for the same need a moment to see it.
+            epoch: as in `withdraw`.
         """
-        self._remove(study, "done", older)
+        self._remove(study, "done", older, epoch)
 
-    def _remove(self, study: str, state: str, older: float = 0.0) -> None:
+    def _remove(self, study: str, state: str, older: float = 0.0, epoch: int | None = None) -> None:
         with self._database.writing() as connection:
-            own = _columns.study == studies.number(connection, study, self._database.place.shown)
+            number = studies.number(connection, study, self._database.place.shown)
+            if epoch is not None:
+                # Who takes the study waits for the end of this; who writes into its log does not.
+                held = select(study_table.c.driver_epoch).where(study_table.c.id == number)
+                if connection.execute(held.with_for_update(read=True, key_share=True)).scalar_one_or_none() != epoch:
+                    return
             before = _columns.updated <= clock(connection) - older
-            connection.execute(delete(task_table).where(own, _columns.state == state, before))
+            connection.execute(_delete(and_(_columns.study == number, _columns.state == state, before)))
+
+
+def _delete(some: ColumnElement[bool]) -> Delete:
+    return delete(task_table).where(_columns.key.in_(taking.held(some)))
 
 
 def _is(lease: LeasedTask) -> Any:

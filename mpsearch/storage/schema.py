@@ -149,8 +149,8 @@ task_table = Table(
     Column("seconds", Double, nullable=False),
     Column("updated", Double, nullable=False),
     CheckConstraint(f"state IN ({', '.join(map(repr, TASK_STATES))})", name="state"),
-    # The first finds the next task of a study, the second the leases that have lapsed.
-    Index("ix_task_next", "study", "state", "position", "key"),
+    # The first finds the next task of each setup of a study, the second the leases that have lapsed.
+    Index("ix_task_next", "study", "state", "setup", "position", "key"),
     Index("ix_task_until", "state", "until"),
 )
 

@@ -9,6 +9,7 @@ from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.engine import URL
 
 from mpsearch.errors import ResourceError, StorageError
+from mpsearch.storage.failures import away
 from mpsearch.storage.place import Place
 
 #: Seconds to wait for a free connection, or for a server that has gone away, at most.
@@ -16,7 +17,10 @@ PATIENCE = 15.0
 # A connection that is refused comes without a code, so these are known by their words.
 _FULL = ("too many clients", "remaining connection slots", "too many connections")
 _SOON = ("starting up", "shutting down", "recovery mode", "not yet accepting")
-_AWAY = ("refused", "closed the connection", "could not connect", "timeout", "no such file")
+_AWAY = (
+    *("refused", "closed the connection", "could not connect", "timeout", "no such file"),
+    *("unreachable", "no route to host", "failed to resolve", "could not translate"),
+)
 _LIMITS = "SELECT current_setting('max_connections'), current_setting('superuser_reserved_connections')"
 
 
@@ -95,6 +99,8 @@ class _Door:
                 if time.monotonic() + pause > deadline or not (full or back):
                     if full:
                         raise self._no_room() from None
+                    if back and self._limits is not None:
+                        raise away(error, self._place) from None
                     raise
             time.sleep(pause)
             pause = min(2 * pause, 0.5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, case, exists, or_, select, true, update
+from sqlalchemy import CTE, ColumnElement, Connection, Select, and_, case, exists, func, or_, select, true, update
 
 from mpsearch.keys import canonical_json
 from mpsearch.records import PRIVATE, ClaimArgs, LeasedTask
@@ -17,11 +17,13 @@ DEATHS = 3
 _LAPSED = "its worker gave no sign of life"
 #: Leases made free in one go.
 _SWEEP = 100
+_some = task_table.alias("some")
 
 
 def driven(connection: Connection) -> ColumnElement[bool]:
     """Whether somebody drives a study, and it is wanted to run."""
-    return and_(study_table.c.driver_until > clock(connection), study_table.c.wanted == "run")
+    live = func.coalesce(study_table.c.driver_until > clock(connection), False)
+    return and_(live, study_table.c.wanted == "run")
 
 
 def freed(connection: Connection, reason: str) -> dict[str, Any]:
@@ -38,6 +40,11 @@ def freed(connection: Connection, reason: str) -> dict[str, Any]:
 
 def _lapsed(connection: Connection) -> ColumnElement[bool]:
     return and_(task_table.c.state == "leased", task_table.c.until < clock(connection))
+
+
+def held(some: ColumnElement[bool]) -> Select[Any]:
+    """Keys of tasks, locked one after the other by key, as `Queue.offer` locks them: so neither waits in a circle."""
+    return select(task_table.c.key).where(some).order_by(task_table.c.key).with_for_update()
 
 
 def reap(connection: Connection) -> None:
@@ -85,38 +92,51 @@ def take(connection: Connection, wish: ClaimArgs) -> LeasedTask | None:
     )
 
 
-def _first(connection: Connection, wish: ClaimArgs) -> Select[Any]:
-    """The first task of each study, and of those the first.
-
-    An index leads to the first one of a study, however many there are; the studies that are driven are few.
-    """
-    task = task_table.alias("next")
-    of_study = and_(task.c.study == study_table.c.id, task.c.state == "ready")
-    if wish.setups is not None:
-        of_study = and_(of_study, task.c.setup.in_(list(wish.setups)))
-    else:
-        of_study = and_(of_study, task.c.setup.not_like(f"{PRIVATE}%"))
-    if wish.skip:
-        of_study = and_(of_study, task.c.setup.not_in(list(wish.skip)))
+def _setups(connection: Connection, wish: ClaimArgs) -> CTE:
+    """The setups of which tasks are ready, of each driven study: found by leaps, however many tasks there are."""
     driving = driven(connection)
     if not wish.any_study:
         driving = and_(driving, study_table.c.name == wish.study)
+
+    def least(study: ColumnElement[int], *more: ColumnElement[bool]) -> ColumnElement[str]:
+        some = and_(_some.c.study == study, _some.c.state == "ready", *more)
+        return select(_some.c.setup).where(some).order_by(_some.c.setup).limit(1).scalar_subquery()
+
+    study = study_table.c.id
+    begin = select(study.label("study"), study_table.c.name, least(study).label("setup")).where(driving)
+    found = begin.cte("found", recursive=True)
+    following = least(found.c.study, _some.c.setup > found.c.setup)
+    return found.union_all(select(found.c.study, found.c.name, following).where(found.c.setup.is_not(None)))
+
+
+def _first(connection: Connection, wish: ClaimArgs) -> Select[Any]:
+    """The first task of each setup of each study, and of those the first.
+
+    An index leads to each, however many tasks there are; the studies that are driven are few, and so are their setups.
+    """
+    found = _setups(connection, wish)
+    setup = found.c.setup
+    fits: ColumnElement[bool] = setup.not_like(f"{PRIVATE}%") if wish.setups is None else setup.in_(list(wish.setups))
+    if wish.skip:
+        fits = and_(fits, setup.not_in(list(wish.skip)))
+    task = task_table.alias("next")
+    ready = and_(task.c.study == found.c.study, task.c.state == "ready", task.c.setup == setup)
     order = (task.c.position, task.c.key)
     if connection.dialect.name == "postgresql":
-        # Each study's task is held until the end of the transaction, and others take the one after it meanwhile.
-        first = select(task).where(of_study).order_by(*order).limit(1).with_for_update(skip_locked=True)
-        found = first.correlate(study_table).lateral("first")
-        source, chosen = study_table.join(found, true()), found.c
+        # These are held until the end of the transaction, and others take the ones after them meanwhile.
+        first = select(task).where(ready).order_by(*order).limit(1).with_for_update(skip_locked=True)
+        firsts = first.correlate(found).lateral("first")
+        source, chosen = found.join(firsts, true()), firsts.c
     else:
-        first = select(task.c.key).where(of_study).order_by(*order).limit(1)
-        same = task_table.c.key == first.correlate(study_table).scalar_subquery()
-        source, chosen = study_table.join(task_table, same), task_table.c
+        one = select(task.c.key).where(ready).order_by(*order).limit(1)
+        same = task_table.c.key == one.correlate(found).scalar_subquery()
+        source, chosen = found.join(task_table, same), task_table.c
     names = ("key", "setup", "kind", "body", "epoch", "deaths", "attempts")
     columns = [chosen[name] for name in names]
     return (
-        select(*columns, study_table.c.name.label("study"))
+        select(*columns, found.c.name.label("study"))
         .select_from(source)
-        .where(driving)
+        .where(setup.is_not(None), fits)
         .order_by(chosen.position, chosen.key)
         .limit(1)
     )

@@ -96,6 +96,33 @@ class ControlSuite:
         with pytest.raises(StorageError):
             store.control.drive("a", "other:boot:1:2", 10.0)
 
+    def test_a_process_that_cannot_be_seen_from_here_is_not_known_to_be_dead(self, store: SqlStore) -> None:
+        store.create_study("a", {"name": "a"})
+        host, start, pid, _ = process_name().split(":")
+        # A container of this machine, with the same host name.
+        store.control.drive("a", f"{host}:{start.split('-')[0]}-1:{pid}:1", 1000.0)
+        with pytest.raises(StorageError, match=f"pid {pid} on {host}") as caught:
+            store.control.drive("a", process_name(), 10.0)
+        assert caught.value.code == "E144"
+        assert store.control.waiting() == []
+
+    @pytest.mark.parametrize(
+        ("wanted", "state"), [("run", "interrupted"), ("pause", "paused"), ("cancel", "cancelled")]
+    )
+    def test_a_study_whose_driver_went_before_it_did_what_was_wanted(
+        self, store: SqlStore, wanted: str, state: str
+    ) -> None:
+        dead = f"{process_name().rpartition(':')[0]}:1"
+        for name, owner in (("a", DRIVER), ("b", dead)):
+            store.create_study(name, {"name": name})
+            epoch = store.control.drive(name, owner, 1000.0)
+            store.control.want(name, wanted)
+            if owner == DRIVER:
+                assert store.control.status(name).state == "running"
+                store.control.beat(name, owner, epoch, -1.0, "", 0, 0)
+        assert [(row.state, row.live) for row in store.control.statuses()] == [(state, False)] * 2
+        assert store.control.waiting() == (["a", "b"] if wanted == "run" else [])
+
     def test_a_beat_renews_and_tells_what_is_wanted(self, store: SqlStore) -> None:
         epoch = drive(store, lease=-1.0)
         assert store.control.beat("a", f"{DRIVER}a", epoch, 1000.0, "score", 3, 10) == "run"
@@ -105,12 +132,55 @@ class ControlSuite:
             store.control.want("a", wanted)
             assert store.control.beat("a", f"{DRIVER}a", epoch, 1000.0, "score", 3, 10) == wanted
 
-    def test_driving_does_not_change_what_is_wanted(self, store: SqlStore) -> None:
+    @pytest.mark.parametrize("wanted", ["pause", "cancel"])
+    def test_who_runs_a_study_wants_it_to_run(self, store: SqlStore, wanted: str) -> None:
+        store.create_study("a", {"name": "a"})
+        store.control.want("a", wanted)
+        epoch = drive(store)
+        assert store.control.beat("a", f"{DRIVER}a", epoch, 10.0, "", 0, 0) == "run"
+
+    @pytest.mark.parametrize("wanted", ["pause", "cancel"])
+    @pytest.mark.parametrize("lapsed", [False, True])
+    def test_a_study_that_was_stopped_meanwhile_is_not_adopted(
+        self, store: SqlStore, wanted: str, lapsed: bool
+    ) -> None:
         store.create_study("a", {"name": "a"})
         store.control.submit("a", "home")
-        store.control.want("a", "cancel")
+        if lapsed:
+            drive(store, lease=-1.0)
+        assert store.control.waiting() == ["a"]
+        store.control.want("a", wanted)
+        before = store.control.status("a")
+        with pytest.raises(StorageError, match="no longer waiting for a driver") as caught:
+            store.control.drive("a", DRIVER, 10.0, adopt=True)
+        assert caught.value.code == "E145"
+        assert store.control.status("a") == before
+
+    def test_only_a_study_that_waits_is_adopted(self, store: SqlStore) -> None:
+        store.create_study("a", {"name": "a"})
+        for state in ("new", "complete", "gaps", "failed", "paused"):
+            store.set_state("a", state)
+            with pytest.raises(StorageError) as caught:
+                store.control.drive("a", DRIVER, 10.0, adopt=True)
+            assert caught.value.code == "E145"
+        store.control.submit("a", "home")
+        assert store.control.drive("a", DRIVER, 10.0, adopt=True) == 1
+        with pytest.raises(StorageError) as caught:
+            store.control.drive("a", "other:boot:1:2", 10.0, adopt=True)
+        assert caught.value.code == "E144"
+        # The answer to the first call was lost on its way.
+        assert store.control.drive("a", DRIVER, -1.0, adopt=True) == 2
+        assert store.control.drive("a", "other:boot:1:2", 10.0, adopt=True) == 3
+        assert store.control.status("a").state == "running"
+
+    def test_only_its_own_driver_drops_a_study(self, store: SqlStore) -> None:
         epoch = drive(store)
-        assert store.control.beat("a", f"{DRIVER}a", epoch, 10.0, "", 0, 0) == "cancel"
+        for owner, number in ((f"{DRIVER}a", epoch + 1), ("other:boot:1:2", epoch)):
+            store.control.drop("a", owner, number)
+        store.control.drop("b", f"{DRIVER}a", epoch)
+        assert [row.name for row in store.studies()] == ["a"]
+        store.control.drop("a", f"{DRIVER}a", epoch)
+        assert store.studies() == []
 
     @pytest.mark.parametrize("state", ["complete", "gaps", "failed", "paused", "cancelled"])
     def test_a_driver_leaves_in_some_state(self, store: SqlStore, state: str) -> None:

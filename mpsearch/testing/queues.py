@@ -339,6 +339,70 @@ class QueueSuite:
         store.queue.offer("b", tasks(range(3)))
         assert store.queue.counts("b") == {"ready": 3}
 
+    def test_a_task_that_goes_over_is_as_its_new_study_offers_it(self, store: SqlStore) -> None:
+        drive(store)
+        store.queue.offer("a", tasks([0], "old"))
+        drive(store, "b")
+        store.control.leave("a", f"{DRIVER}a", 1, "paused")
+        store.queue.offer("b", [TaskRow("k00", "new", "measure", {"new": True}, 5)])
+        assert store.queue.claim("w", lease=1.0, setups=["old"]) is None
+        found = taken(store, setups=["new"])
+        assert (found.study, found.setup, found.kind, found.body) == ("b", "new", "measure", {"new": True})
+
+    def test_a_task_that_is_offered_anew_is_as_its_new_study_offers_it(self, store: SqlStore) -> None:
+        drive(store)
+        store.queue.offer("a", tasks([0], "old"))
+        store.queue.fail(taken(store), "E512", "")
+        drive(store, "b")
+        store.queue.offer("b", tasks([0], "new"), again=True)
+        assert taken(store, setups=["new"]).study == "b"
+
+    def test_a_task_of_another_study_that_is_driven_stays_as_it_is(self, store: SqlStore) -> None:
+        drive(store)
+        store.queue.offer("a", tasks([0], "old"))
+        drive(store, "b")
+        for again in (False, True):
+            store.queue.offer("b", tasks([0], "new"), again=again)
+        found = taken(store)
+        assert (found.study, found.setup) == ("a", "old")
+
+    @pytest.mark.parametrize("how", ["gone", "lapsed", "pause", "cancel"])
+    def test_orphans_are_what_nobody_will_end(self, store: SqlStore, how: str) -> None:
+        offered(store, 4)
+        epoch = drive(store, "b")
+        store.queue.offer("b", tasks([5]))
+        store.queue.finish(taken(store))
+        store.queue.fail(taken(store), "E512", "")
+        taken(store)
+        keys = ["k09", "k05", "k03", "k02", "k01", "k00", "k03"]
+        assert store.queue.orphans("b", keys) == ["k09"]
+        if how == "lapsed":
+            store.control.beat("a", f"{DRIVER}a", 1, -1.0, "", 0, 0)
+        elif how == "gone":
+            store.control.leave("a", f"{DRIVER}a", 1, "failed")
+        else:
+            store.control.want("a", how)
+        assert store.queue.orphans("b", keys) == ["k09", "k03", "k02"]
+        assert store.queue.orphans("a", keys) == ["k09"]
+        store.control.leave("b", f"{DRIVER}b", epoch, "paused")
+        assert store.queue.orphans("b", ["k05"]) == []
+        assert store.queue.orphans("b", []) == []
+        store.control.drop("a")
+        assert store.queue.orphans("b", keys) == ["k09", "k03", "k02", "k01", "k00"]
+
+    def test_a_driver_that_was_followed_removes_nothing(self, store: SqlStore) -> None:
+        old = drive(store)
+        new = drive(store)
+        store.queue.offer("a", tasks(range(2)))
+        store.queue.finish(taken(store))
+        store.queue.withdraw("a", old)
+        store.queue.forget("a", epoch=old)
+        assert store.queue.counts("a") == {"done": 1, "ready": 1}
+        store.queue.withdraw("a", new)
+        assert store.queue.counts("a") == {"done": 1}
+        store.queue.forget("a", epoch=new)
+        assert store.queue.counts("a") == {}
+
     def test_withdrawn_tasks_are_gone_and_begun_ones_stay(self, store: SqlStore) -> None:
         offered(store)
         drive(store, "b")

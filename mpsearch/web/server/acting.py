@@ -23,7 +23,7 @@ from mpsearch.plan import BitPlan
 from mpsearch.web.server import shapes
 from mpsearch.web.server.answers import TAKES, Json, new_router
 from mpsearch.web.server.reading import open_study, read_plan, status
-from mpsearch.web.server.submitting import Registered, spec_of, submit
+from mpsearch.web.server.submitting import Registered, resume, spec_of, submit
 
 #: Seconds that a request waits for a processor.
 _PATIENCE = 10.0
@@ -136,7 +136,10 @@ def acting(store: Any, known: Registered, jobs: Jobs) -> APIRouter:
     def steer(wanted: str) -> Any:
         def route(ask: shapes.Which) -> Json:
             store.study(ask.study)
-            store.control.want(ask.study, wanted)
+            if wanted == "run":
+                resume(store, ask.study)
+            else:
+                store.control.want(ask.study, wanted)
             return Json(status(store, ask.study))
 
         return route

@@ -12,6 +12,7 @@ from mpsearch import registry
 from mpsearch.bundled import resolve_model
 from mpsearch.errors import InputError, UsageError, did_you_mean
 from mpsearch.spec import StudySpec
+from mpsearch.submitting import take_name
 
 #: Texts that come with Python, and need no file.
 LIBRARY = ("stdlib:calibration", "stdlib:validation")
@@ -110,5 +111,15 @@ def submit(store: Any, spec: StudySpec) -> None:
     Raises:
         StorageError: a study of this name asks something else (E140).
     """
-    store.create_study(spec.name, spec.question())
+    take_name(spec, store)
     store.control.submit(spec.name, socket.gethostname())
+
+
+def resume(store: Any, name: str) -> None:
+    """Leave a study that has not reached its end to whoever drives it first; one that is driven goes on.
+
+    Raises:
+        StorageError: no such study (E141).
+    """
+    if store.control.status(name).state != "complete":
+        store.control.submit(name, socket.gethostname())

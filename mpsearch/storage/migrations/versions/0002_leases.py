@@ -69,6 +69,8 @@ def upgrade() -> None:
         op.drop_constraint("ck_study_state", "study")
         op.create_check_constraint("ck_study_state", "study", _NEW)
         op.create_check_constraint("ck_study_wanted", "study", _WANTED)
+    # Nobody knows who ran them.
+    op.execute("UPDATE study SET state = 'paused' WHERE state = 'running'")
     _make_task()
     op.create_table(
         "worker",
@@ -116,7 +118,7 @@ def _make_task() -> None:
         sa.ForeignKeyConstraint(["study"], ["study.id"], name="fk_task_study", ondelete="CASCADE"),
         sa.CheckConstraint("state IN ('ready', 'leased', 'done', 'failed', 'dead')", name="ck_task_state"),
     )
-    op.create_index("ix_task_next", "task", ["study", "state", "position", "key"])
+    op.create_index("ix_task_next", "task", ["study", "state", "setup", "position", "key"])
     op.create_index("ix_task_until", "task", ["state", "until"])
 
 
