@@ -198,9 +198,8 @@ def test_a_process_that_has_to_end_leaves_the_study_to_others(bench: Bench) -> N
     bench.store.control.submit("study", "here")
     begun: list[int] = []
     terms = Terms(adopts=True, stop=lambda: len(begun) >= 2)
-    with pytest.raises(Stopped) as stopped, bench.driver(Inline(), terms=terms) as driver:
-        for i, _ in driver.do(bench.jobs(4)):
-            begun.append(i)
+    with bench.driver(Inline(), terms=terms) as driver, pytest.raises(Stopped) as stopped:
+        begun.extend(i for i, _ in driver.do(bench.jobs(4)))
     assert (stopped.value.wanted, begun) == ("leave", [0, 1])
 
 
