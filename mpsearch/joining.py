@@ -214,6 +214,4 @@ def _driven(
 
     study.told = tell
     study.run()
-    for notice in study.notices:
-        store.control.log(name, "notice", str(notice))
     return study

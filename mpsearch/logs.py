@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 # Control characters, those that change the direction of text, and halves of surrogate pairs.
@@ -53,3 +54,9 @@ def without_password(address: str) -> str:
         kept = [field for field in query.split("&") if not field.lower().startswith("password=")]
         address = "?".join(filter(None, [head, "&".join(kept)]))
     return address
+
+
+def quiet() -> None:
+    """Keep libraries from telling what they lack of parts that are for other machines."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)

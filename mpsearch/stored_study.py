@@ -71,12 +71,20 @@ class StoredStudy:
         return (status for status, _ in watch(self.store, self.name, every))
 
     def pause(self) -> None:
-        """Ask that it stops after the tasks in hand; ``run()`` or ``submit()`` goes on with it."""
-        self.store.control.want(self.name, "pause")
+        """Ask that it stops after the tasks in hand; ``run()`` or ``submit()`` goes on with it.
+
+        Raises:
+            UsageError: it has ended (E115); so with `cancel`.
+        """
+        from mpsearch.submitting import ask
+
+        ask(self.store, self.name, "pause")
 
     def cancel(self) -> None:
         """Ask that it stops for good; what was computed stays."""
-        self.store.control.want(self.name, "cancel")
+        from mpsearch.submitting import ask
+
+        ask(self.store, self.name, "cancel")
 
     @property
     def budgets(self) -> tuple[Budget, ...]:

@@ -111,6 +111,8 @@ class Study(StoredStudy):
             session.outcome = "complete" if self._run(session) else "gaps"
             told = [line for line in self.store.control.lines(self.name, limit=10_000) if line.time >= since]
             self.notices += [Notice("W521", line.text) for line in told if line.kind == "conflict"][:5]
+            for notice in self.notices:
+                self.store.control.log(self.name, "notice", str(notice))
         return self.front
 
     def submit(self) -> str:
@@ -258,7 +260,10 @@ class Study(StoredStudy):
                 stopped = {"pause": "paused", "cancel": "cancelled", "leave": "submitted"}[stop.wanted]
                 raise
             except KeyboardInterrupt:
-                stopped = "submitted" if self.terms.adopts else "paused"
+                begun = self._at_work
+                ended = begun is not None and begun.outcome in ("complete", "gaps")
+                # A search on a study that had ended leaves it as it was.
+                stopped = begun.outcome if ended and begun else "submitted" if self.terms.adopts else "paused"
                 raise
             except Exception as error:
                 reason = f"{error.code} {error.message}" if isinstance(error, MpsearchError) else repr(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mpsearch import registry
-from mpsearch.errors import InputError, ResourceError, StorageError
+from mpsearch.bundled import PREFIX
+from mpsearch.errors import InputError, ResourceError, StorageError, UsageError
 from mpsearch.keys import content_key
 from mpsearch.machine import is_gone
+from mpsearch.model.source import LIBRARY
 from mpsearch.ports import Store
 from mpsearch.records import EventRow, StudyStatus
 from mpsearch.spec import StudySpec
@@ -26,7 +29,7 @@ _SEEN = 30.0
 
 
 def submit(spec: StudySpec, store: Store, *, background: bool | None = None, offered: bool = True) -> str:
-    """Note a study to be run, and see that somebody will.
+    """Note a study to be run, and see that somebody will; one that is complete stays so.
 
     Args:
         spec: the question; its ``workers`` and ``executor`` are used by a process started for it.
@@ -50,12 +53,17 @@ def submit(spec: StudySpec, store: Store, *, background: bool | None = None, off
             "E115", "a database in memory cannot be opened by others", advice="storage = 'sqlite:///results.db'"
         )
     take_name(spec, store)
-    if not offered:
+    if not offered or store.control.status(spec.name).state == "complete":
         return spec.name
     store.control.submit(spec.name, socket.gethostname())
     if background is None:
         background = not any(worker_is_here(store))
     if background:
+        # Workers elsewhere may have what this machine lacks; a process that is started here cannot.
+        for path in filter(None, (spec.model, spec.calibration, spec.validation)):
+            if not path.startswith((LIBRARY, PREFIX)) and not Path(path).exists():
+                store.control.want(spec.name, "pause")
+                raise InputError("E101", f"'{path}' is not on this machine", advice="give another path, or --wait")
         start(spec, store.address)
     return spec.name
 
@@ -73,6 +81,28 @@ def take_name(spec: StudySpec, store: Store) -> None:
             raise
         store.control.drop(spec.name)
         store.create_study(spec.name, spec.question())
+
+
+def ask(store: Store, name: str, wanted: str) -> None:
+    """Ask that a study pauses or is cancelled.
+
+    Args:
+        store: an open store.
+        name: the study.
+        wanted: ``pause`` or ``cancel``.
+
+    Raises:
+        StorageError: no such study (E141).
+        UsageError: it has ended (E115).
+    """
+    status = store.control.status(name)
+    if status.state in ENDED and (wanted, status.state) != ("cancel", "paused"):
+        goes_on = status.state in ("paused", "cancelled", "failed")
+        raise UsageError(
+            "E115", f"study '{name}' is {status.state}: there is nothing to {wanted}",
+            advice=f"mpsearch {'resume' if goes_on else 'show'} {shlex.quote(name)}",
+        )  # fmt: skip
+    store.control.want(name, wanted)
 
 
 def worker_is_here(store: Store) -> Iterator[str]:

@@ -13,6 +13,7 @@ from typing import Any
 from mpsearch import registry
 from mpsearch.errors import InputError, MpsearchError, StorageError
 from mpsearch.keeping import kept
+from mpsearch.logs import quiet
 from mpsearch.machine import fingerprint, process_name
 from mpsearch.ports import Store
 from mpsearch.records import ClaimArgs, LeasedTask
@@ -289,6 +290,7 @@ def as_error(reason: Mapping[str, Any]) -> MpsearchError:
 
 def serve(order: Order, stop: Callable[[], bool], name: str = "") -> None:
     """Do tasks until told to stop; the loop of a worker in a process of its own."""
+    quiet()
     with registry.make("stores", "sql", url=order.storage, create=False) as store:
         worker = Worker(store, name, setups=order.setups, lease=order.lease)
         idle = 0.02

@@ -574,3 +574,15 @@ def test_decisions_without_any_score_stay_in_the_largest_format() -> None:
     with pytest.raises(mp.InputError, match="E211") as found:
         planner.mixed(scores, [mp.Budget.parse("weights <= 5 bits")])
     assert "'a'" in found.value.message
+
+
+def test_what_is_stopped_on_a_study_that_has_ended_leaves_it_so(finished: Study) -> None:
+    with pytest.raises(KeyboardInterrupt), finished.session():  # noqa: PT012
+        assert finished.status.state == "running"
+        raise KeyboardInterrupt
+    assert finished.status.state == "complete"
+    assert finished.submit() == finished.name
+    assert finished.status.state == "complete"
+    with pytest.raises(mp.MpsearchError, match="nothing to cancel"):
+        finished.cancel()
+    assert finished.status.wanted == "run"

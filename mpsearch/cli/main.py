@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
 
@@ -30,6 +29,7 @@ from mpsearch.cli import (
     targets,
 )
 from mpsearch.errors import InputError, MpsearchError, ResourceError
+from mpsearch.logs import quiet
 
 #: Command -> the heading that the help lists it under; the headings come in this order.
 _GROUPS = {
@@ -109,9 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
-    # What libraries say of parts of theirs that are for other machines.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet()
     try:
         app(args=None if arguments is None else list(arguments))
     except MpsearchError as error:

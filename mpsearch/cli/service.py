@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mpsearch.cli.options import DEFAULT_STORAGE, Json, Storage, StudyStorage, Workers, storage_option
-from mpsearch.errors import UsageError
+from mpsearch.errors import MpsearchError
 
 if TYPE_CHECKING:
     from mpsearch.records import EventRow, StudyStatus
 
+#: Seconds after which a study that nobody drives is told of.
+_ALONE = 5.0
 _EXIT = {"complete": 0, "gaps": 5, "failed": 3, "paused": 0, "cancelled": 0}
 
 
@@ -116,6 +118,14 @@ def _drive(name: str, storage: str, workers: int, executor: str, settings: list[
             _say(f"study '{name}' stopped")
             store.close()
             os._exit(0)
+        except MpsearchError:
+            raise
+        except Exception as error:
+            # Who watches must not wait for what has ended.
+            store.control.log(name, "error", f"{type(error).__name__}: {error}")
+            if store.control.status(name).state == "submitted":
+                store.set_state(name, "failed")
+            raise
         state = store.study(name).state
     raise typer.Exit(_EXIT.get(state, 0))
 
@@ -141,7 +151,7 @@ def watch(
     from mpsearch.cli.show import safe
     from mpsearch.submitting import watch as follow
 
-    progress, status = Progress(as_json), None
+    progress, status, told, started = Progress(as_json), None, False, time.monotonic()
     with registry.make("stores", "sql", url=storage, create=False) as store:
         try:
             for status, lines in follow(store, name):
@@ -153,9 +163,15 @@ def watch(
                     sys.stdout.write(f"{_clock(line.time)} {line.kind:<8} {safe(line.text)}\n")
                 if status.state == "running":
                     progress(status.phase, status.done, status.total)
+                if not told and status.state in ("submitted", "interrupted") and time.monotonic() - started > _ALONE:
+                    told = True
+                    progress.end()
+                    _alone(status, store, storage)
         except KeyboardInterrupt:
             progress.end()
-            sys.stderr.write(f"study '{safe(name)}' goes on; mpsearch watch {shlex.quote(name)} shows it again\n")
+            does = "goes on" if status is not None and status.state == "running" else "is left as it is"
+            again = f"mpsearch watch {shlex.quote(name)}{storage_option(storage)}"
+            sys.stderr.write(f"study '{safe(name)}' {does}; {again} shows it again\n")
             raise typer.Exit(130) from None
     progress.end()
     assert status is not None
@@ -163,6 +179,21 @@ def watch(
         sys.stdout.write(f"{status.state}{': ' + safe(status.reason) if status.reason else ''}\n")
         _hint(status, storage)
     raise typer.Exit(_EXIT[status.state])
+
+
+def _alone(status: StudyStatus, store: Any, storage: str) -> None:
+    """Say so when nobody is there to drive a study."""
+    from mpsearch.submitting import worker_is_here
+
+    if any(worker_is_here(store)):
+        return
+    what = "its process is gone" if status.state == "interrupted" else "nobody has taken it on yet"
+    option = storage_option(storage)
+    sys.stdout.write(
+        f"{status.state}: {what}\nnext    mpsearch resume {shlex.quote(status.name)}{option}, "
+        f"or have a worker join: mpsearch worker{option}\n"
+    )
+    sys.stdout.flush()
 
 
 def _hint(status: StudyStatus, storage: str) -> None:
@@ -201,17 +232,12 @@ def cancel(name: Annotated[str, typer.Argument(help="Name of the study.")], stor
 
 def _want(name: str, storage: str, wanted: str) -> None:
     from mpsearch import registry
-    from mpsearch.submitting import ENDED
+    from mpsearch.submitting import ENDED, ask
 
     with registry.make("stores", "sql", url=storage, create=False) as store:
         status = store.control.status(name)
-        if status.state in ENDED and (wanted, status.state) != ("cancel", "paused"):
-            raise UsageError(
-                "E115", f"study '{name}' is {status.state}: there is nothing to {wanted}",
-                advice=f"mpsearch resume {shlex.quote(name)}{storage_option(storage)}",
-            )  # fmt: skip
         before = status.state
-        store.control.want(name, wanted)
+        ask(store, name, wanted)
         until = time.monotonic() + 30.0
         while (status.state not in ENDED or status.state == before) and time.monotonic() < until:
             time.sleep(0.1)

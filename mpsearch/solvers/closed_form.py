@@ -76,7 +76,10 @@ class ClosedForm:
         if not len(reduced.slack):
             choice = reduced.excess.argmin(axis=1) if reduced.excess.size else np.zeros(0, dtype=np.int64)
             return answer(problem, reduced.back(choice), dual.bound, dual.prices, "closed_form", {})
-        filled, choice = self._filled(reduced, np.ldexp(problem.loss[reduced.order], -reduced.shift))
+        with np.errstate(over="ignore"):
+            # The scale is that of cells that fit; one that does not may pass what numbers hold.
+            loss = np.minimum(np.ldexp(problem.loss[reduced.order], -reduced.shift), np.finfo(np.float64).max)
+        filled, choice = self._filled(reduced, loss)
         found = repair(reduced, choice, dual.weights)
         stats = {"level": filled.level, "stationarity": filled.stationarity}
         if found is None:

@@ -138,7 +138,7 @@ def _damaged(place: Place, detail: str) -> StorageError:
         "E603",
         f"'{place.name}' is damaged or was changed by another program",
         because=ascii(detail)[1:-1][:200],
-        advice="go back to a copy; `sqlite3 FILE .recover` saves what can be read",
+        advice="go back to a copy; `mpsearch db rescue FILE OUT` saves what can be read",
     )
 
 

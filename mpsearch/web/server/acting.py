@@ -20,6 +20,7 @@ from fastapi.responses import Response
 from mpsearch import registry
 from mpsearch.errors import InputError, ResourceError, did_you_mean
 from mpsearch.plan import BitPlan
+from mpsearch.submitting import ask as ask_for
 from mpsearch.web.server import shapes
 from mpsearch.web.server.answers import TAKES, Json, new_router
 from mpsearch.web.server.reading import open_study, read_plan, status
@@ -139,7 +140,7 @@ def acting(store: Any, known: Registered, jobs: Jobs) -> APIRouter:
             if wanted == "run":
                 resume(store, ask.study)
             else:
-                store.control.want(ask.study, wanted)
+                ask_for(store, ask.study, wanted)
             return Json(status(store, ask.study))
 
         return route

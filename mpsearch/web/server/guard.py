@@ -138,7 +138,7 @@ class Guard:
             raise UnsafeError(
                 "E901",
                 "the token is missing, wrong or of an earlier start",
-                advice="send 'Authorization: Bearer …'; the token stands in the file named when the server started",
+                advice="send it as a bearer token; it stands in the file that was named when the server started",
             )
         return found, by_cookie
 
