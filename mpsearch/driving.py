@@ -263,7 +263,10 @@ class Driver:
             elif state.state == "failed":
                 yield pending.pop(key), _failed(state.reason)
             elif state.state == "dead":
-                text = f"given up after it ended {state.deaths} workers: {state.reason.get('message', '')}"
+                # How they died is for the log: results hold nothing that differs from run to run.
+                text = f"given up after it ended {state.deaths} workers"
+                why = f"{self._doing[key].describe()}: {text}; the last one: {state.reason.get('message', '')}"
+                self._store.control.log(self.study, "gap", why)
                 yield pending.pop(key), Failed("E522", text)
 
     def _tell(self, key: str, given_up: bool, retried: int) -> None:

@@ -42,7 +42,8 @@ def submit(spec: StudySpec, store: Store, *, background: bool | None = None, off
 
     Raises:
         StorageError: the name has another question (E140), which is not one that had no answer.
-        InputError: a database in memory, which nobody else can open (E115).
+        InputError: a database in memory, which nobody else can open (E115); for a process that is started here, a model
+            or a text that is not here (E101). The study then takes no name.
         ResourceError: the process cannot be started (E526).
     """
     registry.make("estimators", spec.estimator, **spec.estimator_settings)
@@ -52,20 +53,28 @@ def submit(spec: StudySpec, store: Store, *, background: bool | None = None, off
         raise InputError(
             "E115", "a database in memory cannot be opened by others", advice="storage = 'sqlite:///results.db'"
         )
+    if offered and background is None:
+        background = not any(worker_is_here(store))
+    if offered and background:
+        _check_here(spec)
     take_name(spec, store)
     if not offered or store.control.status(spec.name).state == "complete":
         return spec.name
     store.control.submit(spec.name, socket.gethostname())
-    if background is None:
-        background = not any(worker_is_here(store))
     if background:
-        # Workers elsewhere may have what this machine lacks; a process that is started here cannot.
-        for path in filter(None, (spec.model, spec.calibration, spec.validation)):
-            if not path.startswith((LIBRARY, PREFIX)) and not Path(path).exists():
-                store.control.want(spec.name, "pause")
-                raise InputError("E101", f"'{path}' is not on this machine", advice="give another path, or --wait")
         start(spec, store.address)
     return spec.name
+
+
+def _check_here(spec: StudySpec) -> None:
+    """Refuse what a process of this machine cannot read; workers elsewhere may have what it lacks.
+
+    Raises:
+        InputError: a model or a text that is not here (E101).
+    """
+    for path in filter(None, (spec.model, spec.calibration, spec.validation)):
+        if not path.startswith((LIBRARY, PREFIX)) and not Path(path).exists():
+            raise InputError("E101", f"'{path}' is not on this machine", advice="give another path, or --wait")
 
 
 def take_name(spec: StudySpec, store: Store) -> None:

@@ -83,6 +83,8 @@ def test_a_half_written_file_does_not_stop_an_export(tmp_path: Path) -> None:
     (tmp_path / LEFT).write_text("x")
     write_folder(tmp_path, "native", {"a": lambda path: write_file(path, b"a")}, force=False)
     check_folder(tmp_path)
+    assert (tmp_path / "a").read_bytes() == b"a"
+    assert not (tmp_path / LEFT).exists()
 
 
 @pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])

@@ -145,3 +145,14 @@ def test_ctrl_c_in_a_worker_leaves_the_study_that_it_drives_to_others(
         assert store.control.status("small").state == "submitted"
         assert store.control.waiting() == ["small"]
     asked.store.close()
+
+
+def test_a_process_is_not_started_for_a_model_that_is_not_here(study: dict[str, Any], tmp_path: Path) -> None:
+    asked = mp.study(**{**study, "model": str(tmp_path / "nowhere"), "storage": str(tmp_path / "results.db")})
+    for _ in range(2):
+        with pytest.raises(mp.MpsearchError, match="is not on this machine") as caught:
+            submit(asked.spec, asked.store)
+        assert caught.value.code == "E101"
+    assert asked.store.studies() == []
+    assert submit(asked.spec, asked.store, background=False) == asked.name
+    asked.store.close()

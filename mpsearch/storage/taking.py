@@ -15,6 +15,9 @@ from mpsearch.storage.text import decode
 #: A task that ended this many workers is given up.
 DEATHS = 3
 _LAPSED = "its worker gave no sign of life"
+#: Added to the position of a task that has ended a worker: others go first, so that what kills by chance seldom meets
+#: the same task again.
+_BEHIND = 1 << 32
 #: Leases made free in one go.
 _SWEEP = 100
 _some = task_table.alias("some")
@@ -28,10 +31,11 @@ def driven(connection: Connection) -> ColumnElement[bool]:
 
 def freed(connection: Connection, reason: str) -> dict[str, Any]:
     """The columns of a task whose worker has died of it, perhaps."""
-    last = task_table.c.deaths + 1 >= DEATHS
+    last, position = task_table.c.deaths + 1 >= DEATHS, task_table.c.position
     return {
         "state": case((last, "dead"), else_="ready"),
         "deaths": task_table.c.deaths + 1,
+        "position": case((position < _BEHIND, position + _BEHIND), else_=position),
         "until": None,
         "reason": canonical_json({"code": "E522", "message": reason}),
         "updated": clock(connection),

@@ -273,11 +273,23 @@ class QueueSuite:
         assert state(store) == ("ready", 1)
         assert state(store, second.key) == ("leased", 0)
         assert store.queue.lost("w", "signal 9") == []
+        assert taken(store, "u").key == "k02"
         for _ in range(2):
-            taken(store, "w")
+            assert taken(store).key == "k00"
             store.queue.lost("w", "signal 9")
         assert state(store) == ("dead", 3)
         assert store.queue.states(["k00"])["k00"].reason == {"code": "E522", "message": "signal 9"}
+
+    def test_a_task_that_ended_a_worker_comes_after_the_others(self, store: SqlStore) -> None:
+        offered(store, 3)
+        store.queue.offer("a", [TaskRow("far", "s", "score", {}, (1 << 63) - 1)])
+        for key in ("k00", "k01"):
+            assert taken(store).key == key
+            assert store.queue.lost("w", "signal 9") == [key]
+        store.queue.offer("a", tasks([1]))
+        assert drain(store) == ["k01", "k02", "k00", "far"]
+        store.queue.lost("w", "signal 9")
+        assert drain(store) == ["k00", "k01", "k02", "far"]
 
     def test_tasks_of_a_worker_that_was_ended_blame_nobody(self, store: SqlStore) -> None:
         offered(store, 1)
