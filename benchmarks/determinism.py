@@ -67,10 +67,12 @@ def digest(storage: str) -> str:
     def number(value: float | None) -> str | None:
         return None if value is None else float(value).hex()
 
+    rows = rows_of(storage, "cell")
+    scopes = {row["id"]: row["key"] for row in rows_of(storage, "scope")}
     found = [
-        [row["scope"], row["layer"], row["format"], row["batch"], row["status"], number(row["value"]),
+        [scopes[row["scope"]], row["layer"], row["format"], row["batch"], row["status"], number(row["value"]),
          number(row["spread"]), row["samples"]]
-        for row in rows_of(storage, "cell")
+        for row in rows
     ]  # fmt: skip
     kinds = ("measurement", "plan", "scores")
     found += [[row["kind"], row["key"], row["body"]] for row in rows_of(storage, "value") if row["kind"] in kinds]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mpsearch import plot
     from mpsearch.ablation import Ablation, ablate, protect
     from mpsearch.api import batches, cost, interactions, layers, measure, score, search, study, wrap
     from mpsearch.budget import Budget
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from mpsearch.structure import PairTerms
     from mpsearch.studying import Study
     from mpsearch.tables import CostTable, SensitivityTable
+    from mpsearch.views.difference import difference
+    from mpsearch.views.why import why
 
 _WHERE = {
     **dict.fromkeys(
@@ -79,6 +82,8 @@ _WHERE = {
     "Study": "mpsearch.studying",
     "CostTable": "mpsearch.tables",
     "SensitivityTable": "mpsearch.tables",
+    "difference": "mpsearch.views.difference",
+    "why": "mpsearch.views.why",
 }
 
 __all__ = [
@@ -116,11 +121,13 @@ __all__ = [
     "bundle",
     "connect",
     "cost",
+    "difference",
     "doubts",
     "interactions",
     "layers",
     "measure",
     "merge",
+    "plot",
     "protect",
     "score",
     "search",
@@ -128,11 +135,14 @@ __all__ = [
     "split",
     "study",
     "unbundle",
+    "why",
     "wrap",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "plot":
+        return importlib.import_module("mpsearch.plot")
     if name not in _WHERE:
         raise AttributeError(f"module 'mpsearch' has no attribute '{name}'")
     value = getattr(importlib.import_module(_WHERE[name]), name)

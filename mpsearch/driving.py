@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,8 +18,9 @@ from mpsearch.pace import Detail
 from mpsearch.ports import Executor, Store
 from mpsearch.records import PRIVATE, TaskRow, TaskState
 from mpsearch.tasks import Failed, Job
-from mpsearch.working import LEASE, Order, Work, Worker, as_error
+from mpsearch.working import AWAY, LEASE, Order, Work, Worker, as_error, tell_once
 
+_LOG = logging.getLogger("mpsearch")
 #: Seconds between two looks at tasks that others do, at least.
 _LOOK = 0.05
 #: Of the time, how much looking may take.
@@ -118,19 +120,32 @@ class Driver:
         self._ended = threading.Event()
         self._begun = False
         self._doing: dict[str, Job] = {}
+        # The store is its owner's, who may wait on other terms.
+        self._put_back: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Self:
-        self._epoch = self._store.control.drive(self.study, self._name, self._lease, adopt=self._terms.adopts)
+        self._put_back = self._store.wait_for_server(AWAY, _LOG.warning, self._terms.stop)
+        try:
+            self._epoch = self._store.control.drive(self.study, self._name, self._lease, adopt=self._terms.adopts)
+        except BaseException:
+            self._put_back()
+            raise
         threading.Thread(target=self._beat, daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._dismiss(now=kind is not None and not issubclass(kind, Exception))
-        self._ended.set()
+        try:
+            self._dismiss(now=kind is not None and not issubclass(kind, Exception))
+        finally:
+            self._ended.set()
+            self._put_back()
 
     def _dismiss(self, now: bool) -> None:
+        if now:
+            # Who asks a study to stop must not wait for a server that is away.
+            self._store.wait_for_server(0.0)
         if self._begun:
             self._begun = False
             self._executor.end(now)
@@ -156,7 +171,8 @@ class Driver:
             queue.forget(self.study, older=_SEEN, epoch=self._epoch)
             control.leave(*mine, state, reason)
         except StorageError as error:
-            if error.code != "E523":
+            # Where nobody hears that it ends, it will count as interrupted.
+            if error.code not in ("E523", "E609"):
                 raise
 
     def drop(self) -> None:
@@ -178,14 +194,15 @@ class Driver:
         rows = self.rows(jobs)
         self._offer(jobs, rows)
         if not self._begun:
-            self._executor.begin(self._order, self._here, self._store.queue.lost)
+            self._executor.begin(self._order, self._here, self._end_of)
             self._begun = True
         self._doing = {job.key: job for job in jobs}
         try:
             yield from self._until_done(pending, rows)
         finally:
-            self._executor.rest()
-            if pending:
+            if not self._store.away:
+                self._executor.rest()
+            if pending and not self._store.away:
                 self._store.queue.withdraw(self.study, self._epoch)
 
     def rows(self, jobs: Sequence[Job]) -> list[TaskRow]:
@@ -214,6 +231,10 @@ class Driver:
             if is_gone(worker):
                 self._store.queue.lost(worker, "its process ended")
 
+    def _end_of(self, worker: str, reason: str) -> Sequence[str]:
+        # Who stops does not wait for a server that is away: leases lapse.
+        return [] if self._store.away and not reason else self._store.queue.lost(worker, reason)
+
     def _here(self) -> Worker:
         return Worker(self._store, work=self._work, setups=(self.setup_key,), lease=self._lease)
 
@@ -240,7 +261,8 @@ class Driver:
                 offered = now
             yield from self._look(pending)
             looked = time.monotonic()
-            wait = max(_LOOK, (looked - now) / _SHARE)
+            # A look may have waited for a server that was away.
+            wait = min(max(_LOOK, (looked - now) / _SHARE), _AGAIN)
 
     def _offer_again(self, pending: dict[str, int], rows: Sequence[TaskRow]) -> Iterator[tuple[int, None]]:
         """Offer what a study had offered that has ended, or lost its driver; what is done already is not done again."""
@@ -282,6 +304,7 @@ class Driver:
             raise Stopped("leave")
 
     def _beat(self) -> None:
+        unexpected: set[str] = set()
         while not self._ended.wait(min(2.0, self._lease / 3)):
             phase, done, total = self.progress
             try:
@@ -298,6 +321,9 @@ class Driver:
                         advice="nothing is lost; mpsearch watch shows how it goes on",
                     )
                     return
+            except Exception as error:
+                # Without signs of life the study would be another process's.
+                tell_once(unexpected, f"the signs of life of study '{self.study}'", error)
 
 
 def _failed(reason: Mapping[str, Any]) -> Failed:

@@ -5,11 +5,12 @@
     ├── InputError        3  a file, a value, a model or data cannot be used
     ├── InfeasibleError   4  no plan fits the budgets
     ├── StorageError      6  the results database
+    │   └── StudyNameError  3  the name of a study: not there, or another question's; an InputError too
     ├── ResourceError     7  memory, disk or an optional package is missing
     └── UnsafeError       8  refused because it could run foreign code or leave its folder
 
-The number is the exit code of the command line. An error stops before any work is lost; a `Notice` is
-something worth knowing about work that went on.
+The number is the exit code of the command line; 1 is a fault of mpsearch itself. An error stops before any work is
+lost; a `Notice` is something worth knowing about work that went on.
 """
 
 from __future__ import annotations
@@ -84,6 +85,10 @@ class StorageError(MpsearchError):
     """The results database cannot be used as asked."""
 
     exit_code = 6
+
+
+class StudyNameError(InputError, StorageError):
+    """The name of a study is not in the database, or is another question's: the mistake is in what was typed."""
 
 
 class ResourceError(MpsearchError):

@@ -20,7 +20,7 @@ _HEAD = """\
 
 Every error is one block on standard error: what was found, where, why, and what to do. `mpsearch --debug …` adds the
 traceback, and `mpsearch explain CODE` says more of a code. Exit codes: 0 done; 2 usage; 3 bad input; 4 infeasible;
-5 done with gaps; 6 storage; 7 resources; 8 refused for safety; 130 interrupted.
+5 done with gaps; 6 storage; 7 resources; 8 refused for safety; 130 interrupted. 1 is a fault of mpsearch itself.
 
 This page is made of `mpsearch/errors_table.toml` by `python -m mpsearch.explaining`; change it there.
 """
@@ -36,6 +36,7 @@ class Entry:
         why: how it comes about.
         example: a message as it is printed.
         fix: what to do.
+        exit: exit code of a command that ends with it; 0 of what stops nothing.
     """
 
     code: str
@@ -43,8 +44,9 @@ class Entry:
     why: str
     example: str
     fix: str
+    exit: int = 0
 
-    def to_json(self) -> dict[str, str]:
+    def to_json(self) -> dict[str, str | int]:
         return asdict(self)
 
 
@@ -57,7 +59,12 @@ def entries() -> Mapping[str, Entry]:
     """
     found = tomllib.loads(_TABLE.read_text(encoding="utf-8"))
     ordered = sorted(found, key=lambda code: (code[0] != "E", code[1:], code[0]))
-    return {code: Entry(code, **{name: text.strip() for name, text in found[code].items()}) for code in ordered}
+    return {code: _entry(code, found[code]) for code in ordered}
+
+
+def _entry(code: str, fields: Mapping[str, str | int]) -> Entry:
+    texts = {name: text.strip() for name, text in fields.items() if isinstance(text, str)}
+    return Entry(code, **texts, exit=int(fields.get("exit", 0)))
 
 
 def entry(code: str) -> Entry:
@@ -81,6 +88,16 @@ def entry(code: str) -> Entry:
     )
 
 
+def exit_code(reason: str) -> int:
+    """Return the exit code of a study that failed for a reason: of the code that it begins with, or 1 without one.
+
+    >>> exit_code("E201 budget '1 bits' cannot be met"), exit_code("KeyError('fc')")
+    (4, 1)
+    """
+    found = entries().get(reason.partition(" ")[0])
+    return found.exit or 1 if found else 1
+
+
 def nearest(code: str, count: int = 4) -> list[str]:
     """Return the codes nearest to one that there is not: of its letter, by number.
 
@@ -98,7 +115,8 @@ def nearest(code: str, count: int = 4) -> list[str]:
 def text(found: Entry) -> str:
     """Return what is known of a code, for a terminal."""
     example = found.example.replace("\n", "\n            ")
-    lines = (("means", found.meaning), ("why", found.why), ("example", example), ("do", found.fix))
+    exits = f"with {found.exit}" if found.exit else ""
+    lines = (("means", found.meaning), ("why", found.why), ("example", example), ("do", found.fix), ("exits", exits))
     return f"{found.code}\n" + "".join(f"  {label:<9} {words}\n" for label, words in lines if words)
 
 

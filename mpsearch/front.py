@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from mpsearch.keys import content_key
+
+if TYPE_CHECKING:
+    from mpsearch.plot.figure import Figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +159,17 @@ class ParetoFront(Sequence[Measurement]):
                 area += (cost - point.cost[self.resource]) * (upper - point.loss)
                 upper = point.loss
         return area
+
+    def plot(self) -> Figure:
+        """Draw measured loss over cost (see `mpsearch.plot.front`)."""
+        from mpsearch.plot import front
+
+        return front(self, self.resource)
+
+    def _repr_html_(self) -> str:
+        from mpsearch.plot.notebook import front_html
+
+        return front_html(self)
 
     @property
     def key(self) -> str:

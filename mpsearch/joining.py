@@ -20,7 +20,7 @@ from mpsearch.ports import Store
 from mpsearch.records import WorkerRow
 from mpsearch.spec import StudySpec
 from mpsearch.studying import Study
-from mpsearch.working import LEASE, OF_THE_MACHINE, Worker
+from mpsearch.working import AWAY, LEASE, OF_THE_MACHINE, TRUSTS, UntrustedError, Worker, check_trust
 
 #: Seconds between two looks at a database without work.
 _PAUSE = (0.05, 2.0)
@@ -30,6 +30,8 @@ _HELLO = 10.0
 _OF_THE_QUESTION = (2, 3, 4)
 #: Somebody else drives the study now, or the database is away or busy: another time it may be otherwise.
 _PASSING = ("E144", "E145", "E523", "E601", "E607", "E608", "E609")
+#: The database was away for as long as everybody waits.
+_AWAY = "E609"
 
 
 def join(
@@ -39,6 +41,7 @@ def join(
     idle: float = math.inf,
     told: Callable[[str], None] = lambda text: None,
     lease: float = LEASE,
+    trusts: bool = False,
 ) -> int:
     """Do whatever tasks a database has, and drive studies that were submitted or that lost their driver.
 
@@ -50,12 +53,17 @@ def join(
         idle: seconds without work after which the worker leaves.
         told: called with a line for people about what is done.
         lease: seconds that a task stays claimed without a sign of life.
+        trusts: run code that comes with models, where studies say so; else they are left to others.
 
     Returns:
         How many tasks were done, those of driven studies included.
+
+    Raises:
+        StorageError: the server was away for ten minutes (E609), or the database cannot be used at all.
     """
     with registry.make("stores", "sql", url=storage) as store:
-        joined = _Joined(store, storage, told, lease)
+        store.wait_for_server(AWAY, told, stop)
+        joined = _Joined(store, storage, told, lease, trusts)
         try:
             return joined.work(stop, idle)
         finally:
@@ -63,9 +71,10 @@ def join(
 
 
 class _Joined:
-    def __init__(self, store: Store, storage: str, told: Callable[[str], None], lease: float) -> None:
-        self._store, self._storage, self._told = store, storage, told
-        self._worker = Worker(store, process_name(), lease=lease, joined=True)
+    def __init__(self, store: Store, storage: str, told: Callable[[str], None], lease: float, trusts: bool) -> None:
+        self._store, self._storage, self._told, self._trusts = store, storage, told, trusts
+        self._worker = Worker(store, process_name(), lease=lease, joined=True, trusts=trusts)
+        self._lease = lease
         self._refused: set[str] = set()
         self._done = 0
         self._doing = "waiting"
@@ -77,7 +86,7 @@ class _Joined:
         # A task, or a study that is driven, may take hours.
         threading.Thread(target=self._go_on_greeting, daemon=True).start()
         while not stop():
-            if self._patiently(self._step) or self._patiently(lambda: self._adopt(stop)):
+            if self._patiently(self._step, stop) or self._patiently(lambda: self._adopt(stop), stop):
                 pause, last = _PAUSE[0], time.monotonic()
                 continue
             self._doing = "waiting"
@@ -89,16 +98,20 @@ class _Joined:
 
     def leave(self) -> None:
         self._left.set()
-        self._worker.stop()
+        # Who leaves must not wait for a server that is away: leases lapse.
+        self._store.wait_for_server(0.0)
         with suppress(MpsearchError):
+            self._worker.stop()
             self._store.control.bye(self._worker.name)
 
-    def _patiently(self, work: Callable[[], bool]) -> bool:
-        """Do something with a database that may be away for a while."""
+    def _patiently(self, work: Callable[[], bool], stop: Callable[[], bool]) -> bool:
+        """Do something with a database that may be busy for a while."""
         try:
             return work()
         except StorageError as error:
-            if error.code not in _PASSING:
+            if error.code == _AWAY and stop():
+                return False
+            if error.code not in _PASSING or error.code == _AWAY:
                 raise
             self._told(f"{error.code} {error.message}; waiting")
             time.sleep(_PAUSE[1])
@@ -116,8 +129,9 @@ class _Joined:
 
     def _adopt(self, stop: Callable[[], bool]) -> bool:
         """Drive a study that waits for a driver; say whether there was one."""
-        for name in self._store.control.waiting():
-            if name in self._refused:
+        # Where the server was away, those who drive must have the time to say that they still do.
+        for name in self._store.control.waiting() if self._store.settled(self._lease / 3) else ():
+            if name in self._refused or not self._trusted(name):
                 continue
             self._told(f"study '{name}'")
             self._doing = f"drives {name}"[:300]
@@ -142,8 +156,19 @@ class _Joined:
             return True
         return False
 
+    def _trusted(self, name: str) -> bool:
+        try:
+            check_trust(name, self._store.study(name).spec, self._trusts)
+        except UntrustedError as error:
+            self._refused.add(name)
+            self._store.control.log(name, "declined", f"{self._worker.name}: {error.code} {error.message}")
+            self._told(f"study '{name}': left to others: {error.code} {error.message}")
+            return False
+        return True
+
     def _hello(self) -> None:
-        row = WorkerRow(self._worker.name, socket.gethostname(), getpid(), self._doing, fingerprint())
+        info = fingerprint() | {TRUSTS: str(self._trusts)}
+        row = WorkerRow(self._worker.name, socket.gethostname(), getpid(), self._doing, info)
         self._store.control.hello(row)
 
     def _go_on_greeting(self) -> None:
@@ -184,18 +209,25 @@ def drive_stored(
         if error.code in _PASSING:
             raise
         store.control.log(name, "error", f"{error.code} {error.message}")
-        if not (terms.adopts and error.code in OF_THE_MACHINE):
-            _note_failure(store, name, error)
+        if error.exit_code in _OF_THE_QUESTION and not (terms.adopts and error.code in OF_THE_MACHINE):
+            # What was computed under other conditions is none the worse for it.
+            state = "paused" if error.code == "E142" else "failed"
+            note_failure(store, name, f"{error.code} {error.message}", state)
         raise
 
 
-def _note_failure(store: Store, name: str, error: MpsearchError) -> None:
-    """Say why a study failed that nobody could begin to drive; else all who join would try, one after the other."""
-    if store.control.status(name).state == "submitted" and error.exit_code in _OF_THE_QUESTION:
-        # What was computed under other conditions is none the worse for it.
-        state = "paused" if error.code == "E142" else "failed"
+def note_failure(store: Store, name: str, reason: str, state: str = "failed") -> None:
+    """Say why a study failed that nobody could begin to drive; else all who join would try, one after the other.
+
+    Args:
+        store: an open store.
+        name: the study; left as it is unless it still waits for a driver.
+        reason: code and message of the error.
+        state: where it stands then.
+    """
+    if store.control.status(name).state == "submitted":
         epoch = store.control.drive(name, process_name(), LEASE)
-        store.control.leave(name, process_name(), epoch, state, f"{error.code} {error.message}")
+        store.control.leave(name, process_name(), epoch, state, reason)
 
 
 def _driven(

@@ -5,15 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from mpsearch import registry
-from mpsearch.errors import MpsearchError
 from mpsearch.files import inside, write_file
 from mpsearch.machine import fingerprint
 from mpsearch.studying import Study
-from mpsearch.tables import SensitivityTable
-from mpsearch.verdict import verdict
+from mpsearch.views.study_view import StudyView
 
 
 def output_folder(study: Study) -> Path:
@@ -33,28 +29,13 @@ def write_outputs(study: Study, folder: Path | None = None) -> tuple[Path, Path]
         Paths of the report and of the plan.
     """
     target = folder or output_folder(study)
-    plans = study.plans
-    chosen, measurements = plans[0], study.measurements
-    weights = next(table for table in study.costs if table.resource == "weights")
-    try:
-        scores = study.scores
-    except MpsearchError:
-        # A budget above the model needs no scores.
-        empty = np.zeros((0, 0))
-        scores = SensitivityTable((), (), empty, empty, "nats/token")
-    data = registry.load("reports", "data")(
-        study=study.name,
-        model={**chosen.plan.model, "weights": study.survey.layers.weights, "layers": len(study.survey.layers)},
-        verdict=verdict(chosen, measurements, study.costs),
-        budgets=[(str(b), b.limit(weights)) for b in study.budgets if b.resource == "weights"],
-        measurements=measurements,
-        plans={item.plan.assignment: replace(item.plan) for item in reversed(plans)},
-        scores=scores,
-        chosen=chosen.plan,
-        notices=[str(notice) for notice in study.notices],
-        provenance={"study": study.spec.question(), "fingerprint": fingerprint(), "identity": dict(study.identity)},
+    view = StudyView.of(study)
+    view = replace(
+        view,
+        notices=tuple(str(notice) for notice in study.notices) or view.notices,
+        provenance={**view.provenance, "fingerprint": fingerprint(), "identity": dict(study.identity)},
     )
     report, plan = target / "report.html", target / "plan.json"
-    write_file(report, registry.load("reports", "html")(data))
-    chosen.plan.save(plan)
+    write_file(report, registry.load("reports", "html")(view))
+    study.plans[0].plan.save(plan)
     return report, plan

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpsearch.errors import InputError
 from mpsearch.files import write_file
@@ -16,6 +16,9 @@ from mpsearch.format import Format
 from mpsearch.keys import canonical_json, content_key
 from mpsearch.layer import Layer, Layers
 from mpsearch.parts import check_apart
+
+if TYPE_CHECKING:
+    from mpsearch.plot.figure import Figure
 
 SCHEMA = "mpsearch/plan"
 SCHEMA_VERSION = 1
@@ -240,6 +243,17 @@ class BitPlan:
             Predicted.from_json(data["predicted"]),
             dict(data["source"]),
         )
+
+    def plot(self) -> Figure:
+        """Draw the bits of each layer (see `mpsearch.plot.plan_heatmap`)."""
+        from mpsearch.plot import plan_heatmap
+
+        return plan_heatmap(self)
+
+    def _repr_html_(self) -> str:
+        from mpsearch.plot.notebook import plan_html
+
+        return plan_html(self)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, whole or not at all."""

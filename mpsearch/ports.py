@@ -17,6 +17,7 @@ from mpsearch.records import (
     EventRow,
     LeasedTask,
     LinkRow,
+    StoredPlan,
     StudyRow,
     StudyStatus,
     TaskRow,
@@ -358,6 +359,27 @@ class Store(Protocol):
         """Whether another process can open it."""
         ...
 
+    def wait_for_server(
+        self,
+        seconds: float,
+        told: Callable[[str], None] = ...,
+        stop: Callable[[], bool] = ...,
+    ) -> Callable[[], None]:
+        """Have calls wait so long for a server that is away, and tell people of it; ``stop`` ends the waiting.
+
+        With 0 seconds a call looks once. Returns what puts back how it was before.
+        """
+        ...
+
+    def settled(self, seconds: float) -> bool:
+        """Whether the server answers, and has for so long since it was last away."""
+        ...
+
+    @property
+    def away(self) -> bool:
+        """Whether calls wait for a server that is away."""
+        ...
+
     def put(self, kind: str, key: str, body: Mapping[str, Any], volatile: Mapping[str, Any] | None = None) -> None:
         """Keep a value; the same again is fine, another one for the same key is an error (E521).
 
@@ -371,6 +393,10 @@ class Store(Protocol):
 
     def get_many(self, kind: str, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Return the values of the keys that are there."""
+        ...
+
+    def plan_rows(self, keys: Sequence[str]) -> dict[str, StoredPlan]:
+        """Return what is drawn of the plans of the keys that are there, without reading their layers."""
         ...
 
     def put_cells(self, scope: str, cells: Sequence[CellRow]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping
+from functools import lru_cache
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -135,7 +136,7 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
         "database": "mpsearch.executors.inline:Nobody",
     },
     "work": {"workbench": "mpsearch.evaluate.workbench:Work"},
-    "reports": {"html": "mpsearch.web.report:report_html", "data": "mpsearch.web.report_data:ReportData"},
+    "reports": {"html": "mpsearch.web.report:report_html"},
     "stores": {"sql": "mpsearch.storage.store:SqlStore"},
     "upkeep": {
         "copying": "mpsearch.storage.copying:Copying",
@@ -146,6 +147,7 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
         "journal": "mpsearch.storage.inspecting:journal",
         "gc": "mpsearch.storage.gc:collect",
         "rescue": "mpsearch.storage.rescue:rescue",
+        "same": "mpsearch.storage.place:same",
     },
 }
 
@@ -185,7 +187,12 @@ def load(kind: str, name: str) -> Any:
 
 def settings(kind: str, name: str) -> tuple[str, ...]:
     """List the settings that a component takes."""
-    return tuple(inspect.signature(load(kind, name)).parameters)
+    return tuple(_parameters(load(kind, name)))
+
+
+@lru_cache(maxsize=256)
+def _parameters(component: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(component).parameters
 
 
 def make(kind: str, name: str, **values: Any) -> Any:
@@ -195,7 +202,7 @@ def make(kind: str, name: str, **values: Any) -> Any:
         InputError: no such name (E107) or no such setting (E107).
     """
     component = load(kind, name)
-    known = settings(kind, name)
+    known = _parameters(component)
     for setting in values:
         if setting not in known:
             raise InputError(
@@ -203,8 +210,9 @@ def make(kind: str, name: str, **values: Any) -> Any:
                 f"{kind}: '{name}' has no setting '{setting}'{did_you_mean(setting, known)}",
                 advice=f"settings: {', '.join(known) or 'none'}",
             )
-    parameters = inspect.signature(component).parameters.values()
-    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    needed = [
+        p.name for p in known.values() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
     if missing := [setting for setting in needed if setting not in values]:
         raise InputError("E107", f"{kind}: '{name}' needs the setting '{missing[0]}'")
     if kind in ("solvers", "searchers"):

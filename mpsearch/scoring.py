@@ -196,7 +196,8 @@ class Scoring:
                 place = (task.decisions[0], task.formats[0]) if task.decisions else ("", "")
                 gaps[(*place, -1 if task.batch is None else task.batch)] = failed.message
             report(total - len(tasks) + done, total)
-        return by_batch, gaps
+        # In the order of their names, whichever ended first.
+        return by_batch, dict(sorted(gaps.items()))
 
     def seconds(self, store: Store, batches: int | None = None) -> float:
         """Computing time of the stored cells on one core, of the first batches or of all."""

@@ -112,11 +112,14 @@ class Session:
                 jobs[key] = Job(task, key)
         if phase:
             self.study.report(phase, 0, len(jobs))
-        for done, (_, failed) in enumerate(self.study.compute(self.driver, list(jobs.values())), start=1):
+        without: dict[int, Failed] = {}
+        for done, (i, failed) in enumerate(self.study.compute(self.driver, list(jobs.values())), start=1):
             if phase:
                 self.study.report(phase, done, len(jobs))
             if failed is not None:
-                self.failed.append(failed)
+                without[i] = failed
+        # In the order of the plans, whichever ended first.
+        self.failed = [without[i] for i in sorted(without)]
         known = store.get_many("measurement", keys)
         return {
             item.plan.key: Measurement.from_json({**known[key], "label": item.label})

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mpsearch.budget import parse_budgets
-from mpsearch.bundled import resolve_model
+from mpsearch.bundled import model_title, named_model
 from mpsearch.capabilities import capabilities
 from mpsearch.errors import InputError, did_you_mean
 from mpsearch.files import located
@@ -172,7 +172,7 @@ class StudySpec:
             return cls.of_values(**found)
         _printable(found)
         here = base or Path.cwd()
-        found["model"] = resolve_model(str(found["model"]), here)
+        found["model"] = named_model(str(found["model"]), here)
         for name in ("calibration", "validation"):
             text = found.get(name, "")
             if isinstance(text, str) and text and not text.startswith(LIBRARY):
@@ -182,7 +182,7 @@ class StudySpec:
             if text.removeprefix(prefix) and text.startswith(prefix):
                 found[name] = prefix + str(located(text.removeprefix(prefix), here))
         spec = cls.of_values(**found)
-        return spec if spec.name else replace(spec, name=Path(spec.model).name)
+        return spec if spec.name else replace(spec, name=model_title(spec.model))
 
     @classmethod
     def of_values(cls, **values: Any) -> StudySpec:

@@ -49,3 +49,26 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
         return mean, math.nan
     variance = math.fsum((x - mean) ** 2 for x in values) / (count - 1)
     return mean, math.sqrt(variance / count) * student_factor(count - 1)
+
+
+def plus_minus(error: float | None, digits: int = 2) -> str:
+    """A standard error as it stands behind its number; nothing where it is not known.
+
+    Args:
+        error: it, NaN or None where unknown.
+        digits: of it that are written.
+
+    >>> f"0.5{plus_minus(0.0123)}", plus_minus(math.nan)
+    ('0.5 ± 0.012', '')
+    """
+    return "" if error is None or not math.isfinite(error) else f" ± {error:.{digits}g}"
+
+
+def at_most(error: float | None, digits: int = 2) -> str:
+    """A sum of standard errors, which is the most that the error of a sum can be, as it stands behind its number.
+
+    >>> f"0.5{at_most(0.0123)}", at_most(None)
+    ('0.5, at most ± 0.012', '')
+    """
+    told = plus_minus(error, digits)
+    return told and f", at most{told}"

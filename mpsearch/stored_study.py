@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpsearch.answer import Answer
 from mpsearch.budget import Budget, parse_budgets
+from mpsearch.bundled import model_title
 from mpsearch.capabilities import own_type
 from mpsearch.errors import InputError
 from mpsearch.front import Measurement, ParetoFront
@@ -23,11 +24,15 @@ from mpsearch.plan import BitPlan
 from mpsearch.planning import Labelled, Planner
 from mpsearch.ports import Store
 from mpsearch.protection import Rule
-from mpsearch.records import StudyStatus
+from mpsearch.records import StoredPlan, StudyStatus
 from mpsearch.robust import Doubt
 from mpsearch.spec import StudySpec
 from mpsearch.tables import CostTable, SensitivityTable
 from mpsearch.tasks import Survey
+
+if TYPE_CHECKING:
+    from mpsearch.plot.figure import Figure
+    from mpsearch.views.study_view import StudyView
 
 
 class StoredStudy:
@@ -104,7 +109,7 @@ class StoredStudy:
         }
 
     def _model_entry(self, survey: Survey) -> dict[str, str]:
-        name = self.spec.model.rstrip("/").rpartition("/")[2]
+        name = model_title(self.spec.model)
         return {"name": name, "digest": self.identity["model"], "architecture": survey.architecture}
 
     def _linked(self, kind: str) -> list[tuple[str, Mapping[str, Any]]]:
@@ -170,15 +175,46 @@ class StoredStudy:
     @property
     def measurements(self) -> list[Measurement]:
         """All measured plans of the study, each with its label; the plan for its own budgets first."""
+        return self.measured_at({row.assignment: row.predicted["cost"] for row in self.plan_rows.values()})
+
+    def measured_at(self, costs: Mapping[str, Mapping[str, float]]) -> list[Measurement]:
+        """The measurements, each with what its plan costs.
+
+        Losses are shared with other studies of the same plan; what it costs is this study's own.
+
+        Args:
+            costs: key of a plan's formats -> resource -> its total cost.
+        """
         found = [Measurement.from_json({**body, "label": label}) for label, body in self._linked("measurement")]
-        # Losses are shared with other studies of the same plan; what it costs is this study's own.
-        costs = {item.plan.assignment: item.plan.cost for item in self.plans}
         return [replace(item, cost=costs.get(item.plan, item.cost)) for item in found]
+
+    @property
+    def plan_rows(self) -> dict[str, StoredPlan]:
+        """Key of each plan -> what is drawn of it, the plan for the study's own budgets first; no layer is made."""
+        return self.store.plan_rows([link.key for link in self.store.links(self.name, "plan")])
 
     @property
     def front(self) -> ParetoFront:
         """The measured front over the bytes of weights."""
         return ParetoFront.of(self.measurements)
+
+    @property
+    def view(self) -> StudyView:
+        """What is drawn of the study, read from the store anew: points, scores, verdict, what to try next."""
+        from mpsearch.views.study_view import StudyView
+
+        return StudyView.of(self)
+
+    def plot(self) -> Figure:
+        """Draw what its plans lose over their size (see `mpsearch.plot.front`)."""
+        from mpsearch.plot import front
+
+        return front(self)
+
+    def _repr_html_(self) -> str:
+        from mpsearch.plot.notebook import study_html
+
+        return study_html(self)
 
     def plan(self, *budgets: str, goal: str = "loss", most_loss: float = math.inf) -> BitPlan:
         """Solve on the stored scores; neither the model nor torch is loaded (see `answer`)."""
@@ -248,8 +284,10 @@ class StoredStudy:
         )
 
     def _model_of_plans(self) -> Mapping[str, str] | None:
-        plans = self.plans
-        return plans[0].plan.model if plans else None
+        links = self.store.links(self.name, "plan")
+        bodies = (self.store.get("plan", link.key) for link in links)
+        first = next((body for body in bodies if body is not None), None)
+        return BitPlan.from_json(first).model if first is not None else None
 
     def _only(self, kind: str) -> Mapping[str, Any]:
         found = self._linked(kind)

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 Report = Callable[[str, int, int], None]
 #: Raised with every change of what is found in a model: it is part of the survey's key.
 FIND_VERSION = 2
+#: The server was away for too long, which is no failure of the study.
+_AWAY = "E609"
 #: Where a study stands when what was done to it changes nothing of that.
 _WITHOUT_DRIVER = {"": "new", "running": "paused", "submitted": "paused"}
 
@@ -267,9 +269,12 @@ class Study(StoredStudy):
                 raise
             except Exception as error:
                 reason = f"{error.code} {error.message}" if isinstance(error, MpsearchError) else repr(error)
-                if self.terms.adopts and getattr(error, "code", "") in OF_THE_MACHINE:
+                code = getattr(error, "code", "")
+                if self.terms.adopts and code in (*OF_THE_MACHINE, _AWAY):
                     # Another machine may have what this one lacks.
                     stopped = "submitted"
+                elif code == _AWAY:
+                    stopped = "paused"
                 raise
             finally:
                 begun, self._driver, self._at_work = self._at_work, None, None

@@ -21,6 +21,7 @@ from mpsearch.model.source import LIBRARY
 from mpsearch.ports import Store
 from mpsearch.records import EventRow, StudyStatus
 from mpsearch.spec import StudySpec
+from mpsearch.working import TRUSTS
 
 #: States in which nothing more happens by itself.
 ENDED = ("complete", "gaps", "failed", "paused", "cancelled")
@@ -46,7 +47,9 @@ def submit(spec: StudySpec, store: Store, *, background: bool | None = None, off
             or a text that is not here (E101). The study then takes no name.
         ResourceError: the process cannot be started (E526).
     """
-    registry.make("estimators", spec.estimator, **spec.estimator_settings)
+    # The estimators themselves load torch, which takes longer than all the rest.
+    if spec.estimator_settings or spec.estimator not in registry.BUILT_IN["estimators"]:
+        registry.make("estimators", spec.estimator, **spec.estimator_settings)
     if spec.solver != "auto":
         registry.make("solvers", spec.solver, **spec.solver_settings)
     if not store.shared:
@@ -54,7 +57,7 @@ def submit(spec: StudySpec, store: Store, *, background: bool | None = None, off
             "E115", "a database in memory cannot be opened by others", advice="storage = 'sqlite:///results.db'"
         )
     if offered and background is None:
-        background = not any(worker_is_here(store))
+        background = not any(worker_is_here(store, trusting=spec.trust_remote_code))
     if offered and background:
         _check_here(spec)
     take_name(spec, store)
@@ -114,18 +117,25 @@ def ask(store: Store, name: str, wanted: str) -> None:
     store.control.want(name, wanted)
 
 
-def worker_is_here(store: Store) -> Iterator[str]:
-    """Names of workers that have joined a database, live, and do not drive a study already."""
+def worker_is_here(store: Store, trusting: bool = False) -> Iterator[str]:
+    """Names of workers that have joined a database, live, and do not drive a study already.
+
+    Args:
+        store: an open store.
+        trusting: only those that run code that comes with models.
+    """
     rows = store.control.workers()
     now = store.control.clock()
     free = (row for row in rows if now - row.seen < _SEEN and not row.doing.startswith("drives "))
-    return (row.name for row in free if not is_gone(row.name))
+    able = (row for row in free if not trusting or row.info.get(TRUSTS) == "True")
+    return (row.name for row in able if not is_gone(row.name))
 
 
 def start(spec: StudySpec, address: str) -> int:
     """Start a process that drives a study, and goes on when this one ends; return its number.
 
-    What it prints goes to the study's log in the database; a failure before that is in a file beside the outputs.
+    What it prints goes to the study's log in the database; a failure before that is in a file beside the outputs. It
+    runs code that comes with the model if the study says so, for the word of who submits counts here.
 
     Raises:
         ResourceError: it cannot be started (E526).
@@ -141,6 +151,8 @@ def start(spec: StudySpec, address: str) -> int:
         "--workers",
         str(spec.workers),
     ]
+    if spec.trust_remote_code:
+        command.append("--trust-remote-code")
     if spec.executor != "local":
         command += ["--executor", spec.executor]
         for name, value in spec.executor_settings.items():

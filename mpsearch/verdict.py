@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from mpsearch.cost_text import itemised
 from mpsearch.front import Measurement
 from mpsearch.planning import Labelled
-from mpsearch.spread import mean_and_error
+from mpsearch.spread import mean_and_error, plus_minus
 from mpsearch.tables import CostTable
 
 _SIGNIFICANT = 1.96
@@ -18,14 +18,43 @@ NEARLY_EQUAL = 1.01
 
 def best_uniform(measurements: Sequence[Measurement], limit: float) -> Measurement | None:
     """Return the uniform plan of the least measured loss among those of at most ``limit`` bytes."""
-    fitting = [m for m in measurements if m.label.startswith("uniform") and m.cost["weights"] <= limit]
+    fitting = [m for m in measurements if _fair(m) and m.cost["weights"] <= limit]
     return min(fitting, key=lambda m: (m.loss, m.cost["weights"]), default=None)
 
 
 def next_uniform(measurements: Sequence[Measurement], limit: float) -> Measurement | None:
     """Return the smallest uniform plan of more than ``limit`` bytes."""
-    larger = [m for m in measurements if m.label.startswith("uniform") and m.cost["weights"] > limit]
+    larger = [m for m in measurements if _fair(m) and m.cost["weights"] > limit]
     return min(larger, key=lambda m: (m.cost["weights"], m.loss), default=None)
+
+
+def rivals(uniform: Iterable[int], loss: Sequence[float], size: Sequence[float]) -> list[int | None]:
+    """Return of each plan the number of the best uniform one of its size, as `best_uniform` does for one plan.
+
+    Args:
+        uniform: numbers of the uniform plans; those that were not measured are left out.
+        loss: (P,) measured losses; NaN for a plan that was not measured.
+        size: (P,) bytes; a plan whose are not known (NaN) has no rival.
+
+    >>> rivals([0, 1], [0.5, 0.2, 0.1, 0.4], [100, 200, 199, 150])
+    [0, 1, 1, 0]
+    """
+    known = [i for i in uniform if math.isfinite(loss[i]) and math.isfinite(size[i])]
+    best = sorted(known, key=lambda i: (loss[i], size[i]))
+    return [next((j for j in best if size[j] <= NEARLY_EQUAL * own), None) for own in size]
+
+
+def is_uniform(label: str) -> bool:
+    """Whether a label is that of a plan with one format.
+
+    >>> is_uniform("uniform int4-g64"), is_uniform("uniformly great by vendor")
+    (True, False)
+    """
+    return label.split(maxsplit=1)[:1] == ["uniform"]
+
+
+def _fair(m: Measurement) -> bool:
+    return is_uniform(m.label) and math.isfinite(m.loss) and math.isfinite(m.cost.get("weights", math.nan))
 
 
 def gain(mixed: Measurement, uniform: Measurement) -> float:
@@ -58,12 +87,12 @@ def _comparison(chosen: Labelled, measurements: Sequence[Measurement]) -> list[s
     weights = chosen.plan.layers.weights
 
     def describe(m: Measurement) -> str:
-        return f"{m.loss:.4g} ± {m.spread:.2g} {m.unit} at {8 * m.cost['weights'] / weights:.3f} bits"
+        return f"{m.loss:.4g}{plus_minus(m.spread)} {m.unit} at {8 * m.cost['weights'] / weights:.3f} bits"
 
     lines = []
     # A uniform plan that is a hair larger is a fair rival too: budgets often fall just below one.
     uniform = best_uniform(measurements, NEARLY_EQUAL * mixed.cost["weights"])
-    if not any(m.label.startswith("uniform") for m in measurements):
+    if not any(_fair(m) for m in measurements):
         lines.append(f"Measured: {describe(mixed)}. No uniform plan was measured.")
     elif uniform is None:
         lines.append(

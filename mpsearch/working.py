@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import traceback
@@ -11,21 +12,45 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpsearch import registry
-from mpsearch.errors import InputError, MpsearchError, StorageError
+from mpsearch.errors import InputError, MpsearchError, StorageError, UnsafeError
 from mpsearch.keeping import kept
 from mpsearch.logs import quiet
 from mpsearch.machine import fingerprint, process_name
 from mpsearch.ports import Store
-from mpsearch.records import ClaimArgs, LeasedTask
+from mpsearch.records import ClaimArgs, LeasedTask, ValueRow
 from mpsearch.spec import StudySpec
 from mpsearch.tasks import Failed, Job, Task
 
 #: Seconds that a claimed task belongs to its worker without a sign of life.
 LEASE = 15.0
+#: What a worker that joins says of itself: whether it runs code that comes with models, ``True`` or ``False``.
+TRUSTS = "trusts"
+#: Seconds that a driver and its workers wait for a server that has gone away.
+AWAY = 600.0
 #: What may be wrong with one worker's machine, and not with the task: files, plug-ins, packages, versions, disk.
 OF_THE_MACHINE = ("E101", "E107", "E118", "E142", "E401", "E402", "E404", "E701", "E702", "E703")
 
 Work = Callable[[Task], Any]
+_LOG = logging.getLogger("mpsearch")
+
+
+class UntrustedError(UnsafeError):
+    """A study asks for code that comes with its model, and who started this worker did not allow that."""
+
+
+def check_trust(study: str, question: Mapping[str, Any], trusts: bool) -> None:
+    """Refuse a study that runs its model's own code, unless that was allowed here.
+
+    Raises:
+        UntrustedError: E802.
+    """
+    if question.get("trust_remote_code") and not trusts:
+        raise UntrustedError(
+            "E802",
+            f"study '{study}' runs code that comes with its model, which this worker was not told to",
+            because="the yes of who submitted it counts on that machine only",
+            advice="read the code, then have a worker join with: mpsearch worker --trust-remote-code",
+        )
 
 
 @dataclass(frozen=True)
@@ -75,6 +100,7 @@ class Worker:
         setups: tuple[str, ...] | None = None,
         lease: float = LEASE,
         joined: bool = False,
+        trusts: bool = False,
     ) -> None:
         """Set up; nothing is claimed yet.
 
@@ -85,16 +111,18 @@ class Worker:
             setups: keys of the setups whose tasks are claimed; of all when None.
             lease: seconds that a task stays claimed without a sign of life.
             joined: nobody started this worker for a study, so what its machine lacks is no fault of the task.
+            trusts: run code that comes with models, where studies say so; who is not joined does.
         """
         self.name = name or process_name()
         self.declined: dict[str, str] = {}
         self._store, self._work, self._setups = store, work, setups
-        self._lease, self._joined = lease, joined
+        self._lease, self._joined, self._trusts = lease, joined, trusts or not joined
         self._held: LeasedTask | None = None
         self._next: LeasedTask | None = None
         self._pulse: threading.Thread | None = None
         self._stopped = threading.Event()
         self._last_setup: tuple[str, ...] | None = None
+        self._units: dict[str, ValueRow] = {}
 
     def step(self) -> Done | None:
         """Do one task; None when there is none to claim.
@@ -124,17 +152,19 @@ class Worker:
             except BaseException as error:
                 # Memory that ran out, or a fault of a plug-in: in a process of its own it is told, here it is raised.
                 if self._work is not None or not isinstance(error, Exception):
-                    self._store.queue.release(leased)
+                    self._drop(leased)
                     raise
                 return self._without(leased, _unforeseen(error))
             if isinstance(result, Failed):
                 told = self._fail(leased, result.code, result.message, {"expected": True})
                 return Done(leased.key, result) if told else Done("")
             found = kept(job, result)
+            values = [row for row in found.values if self._units.get(row.key) != row]
             try:
                 self._next = self._store.queue.finish(
-                    leased, values=found.values, cells=found.cells, seconds=seconds, claim=self._next_claim()
+                    leased, values=values, cells=found.cells, seconds=seconds, claim=self._next_claim()
                 )
+                self._units |= {row.key: row for row in values if row.kind == "score_unit"}
             except StorageError as error:
                 if error.code == "E521":
                     # The first value stays, and both are kept.
@@ -170,7 +200,7 @@ class Worker:
     def rest(self) -> None:
         """Give back what was claimed for the next step."""
         leased, self._next, self._held = self._next, None, None
-        if leased is not None:
+        if leased is not None and not self._store.away:
             self._store.queue.release(leased)
 
     def stop(self) -> None:
@@ -178,7 +208,18 @@ class Worker:
         self._stopped.set()
         self.rest()
 
+    def _drop(self, leased: LeasedTask) -> None:
+        """Give a task back, if the server is there: who ends must not wait for it, and leases lapse."""
+        put_back = self._store.wait_for_server(0.0)
+        try:
+            with suppress(StorageError):
+                self._store.queue.release(leased)
+        finally:
+            put_back()
+
     def _claim(self) -> LeasedTask | None:
+        # While one task follows the other their study runs, and nobody takes out what it needs.
+        self._units = {}
         queue, skip = self._store.queue, tuple(self.declined)
         if self._setups is None and self._last_setup:
             # The model that is loaded already.
@@ -194,7 +235,9 @@ class Worker:
         return ClaimArgs(self.name, self._lease, self._setups or self._last_setup, tuple(self.declined))
 
     def _work_of(self, leased: LeasedTask) -> Work:
-        spec = StudySpec.from_question(self._store.study(leased.study).spec, StudySpec.storage)
+        question = self._store.study(leased.study).spec
+        check_trust(leased.study, question, self._trusts)
+        spec = StudySpec.from_question(question, StudySpec.storage)
         setup = spec.setup_for(leased.body["identity"])
         work: Work = registry.load("work", "workbench")(setup)
         return work
@@ -221,7 +264,7 @@ class Worker:
 
     def _without(self, leased: LeasedTask, error: MpsearchError) -> Done:
         """End a task without a result, or leave it to others."""
-        if self._joined and error.code in OF_THE_MACHINE:
+        if self._joined and (error.code in OF_THE_MACHINE or isinstance(error, UntrustedError)):
             self.declined[leased.setup] = error.message
             self._store.queue.release(leased)
             self._log(leased.study, "declined", f"{error.code} {error.message}")
@@ -253,6 +296,7 @@ class Worker:
             self._held = None
 
     def _beat(self) -> None:
+        unexpected: set[str] = set()
         while not self._stopped.wait(self._lease / 3):
             held = self._held
             if held is not None:
@@ -261,6 +305,22 @@ class Worker:
                 except MpsearchError:
                     # The database is away for a moment; the end of the task will tell whether the lease held.
                     continue
+                except Exception as error:
+                    tell_once(unexpected, f"the signs of life of worker '{self.name}'", error)
+
+
+def tell_once(told: set[str], what: str, error: Exception) -> None:
+    """Log a failure that nobody foresaw of something that goes on all the same.
+
+    Args:
+        told: what was told before; added to.
+        what: what failed.
+        error: how.
+    """
+    text = f"{what} failed and go on: {type(error).__name__}: {error}"
+    if text not in told:
+        told.add(text)
+        _LOG.warning(text)
 
 
 def _unforeseen(error: BaseException) -> MpsearchError:
@@ -277,7 +337,10 @@ def _unforeseen(error: BaseException) -> MpsearchError:
 def as_error(reason: Mapping[str, Any]) -> MpsearchError:
     """Make an error again of what `Worker` stored of it."""
     data = reason.get("data") or {}
-    kinds: list[type[MpsearchError]] = MpsearchError.__subclasses__()
+    kinds: list[type[MpsearchError]] = [MpsearchError]
+    for kind in kinds:
+        # The list grows while it is gone through: kinds of kinds follow.
+        kinds += kind.__subclasses__()
     kind = next((kind for kind in kinds if kind.__name__ == data.get("kind")), MpsearchError)
     return kind(
         str(reason.get("code")),
@@ -292,6 +355,7 @@ def serve(order: Order, stop: Callable[[], bool], name: str = "") -> None:
     """Do tasks until told to stop; the loop of a worker in a process of its own."""
     quiet()
     with registry.make("stores", "sql", url=order.storage, create=False) as store:
+        store.wait_for_server(AWAY, stop=stop)
         worker = Worker(store, name, setups=order.setups, lease=order.lease)
         idle = 0.02
         while not stop():

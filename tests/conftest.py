@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mpsearch.model import data
 from tests.postgres import database, server
 
 # Fixtures for all tests.
@@ -17,12 +19,41 @@ __all__ = ["database", "server"]
 DATA = Path(__file__).parent / "data"
 
 
+def many(usual: int, whole: int) -> int:
+    """How many cases to try: a part of them, or the whole of them where MPSEARCH_WHOLE is set, as `make nightly` does.
+
+    >>> many(20, 200) in (20, 200)
+    True
+    """
+    return whole if os.environ.get("MPSEARCH_WHOLE") else usual
+
+
 @pytest.fixture(autouse=True)
 def one_torch_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def texts_are_tokenized_once() -> Iterator[None]:
+    """Studies of the tests read the same megabyte of text over and over."""
+    known: dict[Any, torch.Tensor] = {}
+    tokenize = data.token_stream
+
+    def token_stream(texts: Sequence[str], tokenizer: Any) -> torch.Tensor:
+        rules = getattr(tokenizer, "backend_tokenizer", None)
+        if rules is None:
+            return tokenize(texts, tokenizer)
+        key = hash((tuple(texts), rules.to_str(), tokenizer.eos_token_id))
+        if key not in known:
+            known[key] = tokenize(texts, tokenizer)
+        return known[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "token_stream", token_stream)
+        yield
 
 
 def make_llama(folder: Path, *, tie: bool = True, seed: int = 0, layers: int = 2) -> Path:

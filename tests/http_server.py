@@ -39,10 +39,15 @@ HOSTILE = (
 )  # fmt: skip
 
 
-def add_study(store: Any, name: str, *, rows: int = 12, seed: int = 0, budgets: tuple[str, ...] = ()) -> StoredStudy:
-    """Add a study with scores, costs, plans and measurements, all made up."""
+def add_study(
+    store: Any, name: str, *, rows: int = 12, seed: int = 0, budgets: tuple[str, ...] = (),
+    names_of: tuple[str, ...] = (), uniform: bool = False,
+) -> StoredStudy:  # fmt: skip
+    """Add a study with scores, costs, plans and measurements, all made up; `names_of` names the last layers."""
+    called = [f"blocks.{i}.fc" for i in range(rows)]
+    called[rows - len(names_of) :] = names_of
     items = [
-        Layer(f"blocks.{i}.fc", "linear", (64, 64 * (1 + i % 3)), dtype="bfloat16", macs=4096) for i in range(rows)
+        Layer(text, "linear", (64, 64 * (1 + i % 3)), dtype="bfloat16", macs=4096) for i, text in enumerate(called)
     ]
     layers = Layers(tuple(items), (Excluded("norm.weight", (64,), "bfloat16", "a vector"),))
     spec = StudySpec.of_values(
@@ -67,8 +72,15 @@ def add_study(store: Any, name: str, *, rows: int = 12, seed: int = 0, budgets: 
     for position, table in enumerate(planner.costs):
         store.put("cost", table.key, table.to_json())
         store.link(name, "cost", table.key, table.resource, position)
-    for position, budget in enumerate(("weights <= 4 bits", "weights <= 3 bits", "weights <= 6 bits")):
-        plan = planner.mixed(scores, study._planner(()).budgets if not budget else parse(budget))
+    plans = [
+        (budget, planner.mixed(scores, parse(budget)))
+        for budget in ("weights <= 4 bits", "weights <= 3 bits", "weights <= 6 bits")
+    ]
+    if uniform:
+        for j, fmt in enumerate(FORMATS):
+            plan = planner.from_choice([j] * rows, {"uniform": fmt})
+            plans.append((f"uniform {fmt}", planner.predict(scores, plan)))
+    for position, (budget, plan) in enumerate(plans):
         store.put("plan", plan.key, plan.to_json())
         store.link(name, "plan", plan.key, "mixed" if not position else budget, position)
         loss = (plan.loss or 0.0) * 1.1

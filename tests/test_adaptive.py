@@ -26,6 +26,8 @@ from tests.tiny_models import tiny, tokens
 MENU = ("int2", "int3", "int4")
 ROWS = 6
 CHOICES = np.array(list(itertools.product(range(3), repeat=ROWS)))
+#: The cells that each choice takes, in a table that is laid out row by row.
+CELLS = 3 * np.arange(ROWS) + CHOICES
 
 
 class Enumerate:
@@ -35,11 +37,10 @@ class Enumerate:
         return ""
 
     def solve(self, problem: Problem) -> Solution:
-        rows = np.arange(ROWS)
-        fits = (problem.cost[:, rows, CHOICES].sum(axis=2) <= problem.limit[:, None]).all(axis=0)
+        fits = (problem.cost.reshape(len(problem.cost), -1)[:, CELLS].sum(axis=2) <= problem.limit[:, None]).all(axis=0)
         if not fits.any():
             return Solution.without(problem, "infeasible", "enumerate")
-        loss = np.where(fits, problem.loss[rows, CHOICES].sum(axis=1), np.inf)
+        loss = np.where(fits, problem.loss.ravel()[CELLS].sum(axis=1), np.inf)
         best = CHOICES[int(loss.argmin())]
         return Solution.of(problem, best, bound=float(loss.min()), prices=[0.0], solver="enumerate", proven=True)
 

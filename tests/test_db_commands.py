@@ -110,6 +110,7 @@ FAULTS: dict[str, tuple[str, str]] = {
     "a question that was changed": ("UPDATE study SET spec = replace(spec, '512', '513')", "key"),
     "a link to nothing": ("DELETE FROM value WHERE kind = 'measurement'", "links"),
     "a link of nobody": ("INSERT INTO link VALUES (99, 'plan', 'x', '', 0)", "structure"),
+    "a scope with the number of another one": ("UPDATE scope SET key = 'x'", "key"),
     "a cell with a wrong type": ("UPDATE cell SET samples = 'x'", "cell"),
     "a task of nobody": (
         "INSERT INTO task VALUES ('k', 99, 's', 'score', '{}', 0, 'ready', 0, NULL, '', 0, 0, '', 0.0, 0.0)",
@@ -226,18 +227,17 @@ def test_gc_stops_where_a_study_begins_meanwhile(
     with opened(url) as store, opened(url) as other:
         for number in range(6):
             store.put("measurement", f"{number:064}", {"loss": 1.0})
-        take, calls = gc_module._take_values, []
+        take = gc_module._take_values
+        calls: list[int] = []
 
         def begin(*args: Any) -> int:
             if calls:
                 other.create_study("new", {"name": "new"})
                 other.link("new", "measurement", f"{5:064}")
             calls.append(take(*args))
-            return int(calls[-1])
+            return calls[-1]
 
         monkeypatch.setattr(gc_module, "_take_values", begin)
-        chunks = gc_module._chunks
-        monkeypatch.setattr(gc_module, "_chunks", lambda rows, size=2: chunks(rows, size))
         assert dict(gc_module.collect(store, dry_run=False, days=0).values) == {"measurement": 2}
         assert calls == [2, 0, 0]
         assert store.get("measurement", f"{5:064}") is not None
@@ -397,6 +397,58 @@ def _rescue(damaged: Path, new: Path) -> str | None:
     except mp.MpsearchError as error:
         return error.code
     return None
+
+
+def test_rescue_names_the_studies_that_are_lost(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with opened(results) as store:
+        store.create_study("other", {"name": "other"})
+        cells = {scope: store.cells(scope) for scope in scopes(results)}
+    change(results, f"UPDATE study SET spec = '{{' WHERE name = '{NAME}'")
+    told = json.loads(out(capsys, "db", "rescue", str(results), str(tmp_path / "new.db"), "--json"))
+    (line,) = [line for line in told["lost"] if line.startswith("study")]
+    assert line.startswith(f"study '{NAME}', and 17 rows of 'link'")
+    assert "run its study file" in line
+    # Neither has the row of a study a name that can be read, nor are the rows of scopes there.
+    change(results, "DELETE FROM study WHERE name != 'other'", "DELETE FROM scope")
+    told = json.loads(out(capsys, "db", "rescue", str(results), str(tmp_path / "newer.db"), "--json"))
+    assert "study number 1, with its name" in str(told["lost"])
+    with opened(tmp_path / "newer.db") as store:
+        assert [study.name for study in store.studies()] == ["other"]
+        # What the old study had computed is there, under the scopes it was.
+        assert {scope: store.cells(scope) for scope in cells} == cells
+    change(results, "DELETE FROM study", "DELETE FROM link", "COMMIT", "VACUUM")
+    data = bytearray(results.read_bytes())
+    data[:100] = bytes(100)
+    results.write_bytes(data)
+    told = json.loads(out(capsys, "db", "rescue", str(results), str(tmp_path / "newest.db"), "--json"))
+    assert [line.partition(";")[0] for line in told["lost"] if "study" in line] == ["every study"]
+
+
+def scopes(path: Path) -> list[str]:
+    with closing(sqlite3.connect(path)) as file:
+        return [key for (key,) in file.execute("SELECT key FROM scope")]
+
+
+def test_rescue_of_cells_whose_scope_nobody_knows(results: Path, tmp_path: Path) -> None:
+    with opened(results) as store:
+        store.put_cells("nobody", [CellRow("a", "int4-g64", -1, "ok", 1.0, None, 1)])
+    change(results, "PRAGMA foreign_keys=OFF", "DELETE FROM scope WHERE key = 'nobody'")
+    found = rescue(results, tmp_path / "new.db", key_of)
+    assert "1 rows of 'cell' whose scope is lost" in found.lost
+    with opened(tmp_path / "new.db") as store:
+        assert registry.load("upkeep", "check")(store, key_of) == ([], 0)
+
+
+@pytest.mark.parametrize("file", ["postgresql://ann:canary@db.lan/mp", "sqlite:///results.db"])
+def test_rescue_takes_paths(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([file, str(tmp_path / "new.db")], [__file__, file]):
+        assert run(["db", "rescue", *arguments]) == 3
+        told = capsys.readouterr().err
+        assert f"{file.partition(':')[0]}:// is" in told
+        assert "E101" in told
+        assert "canary" not in told
 
 
 def test_rescue_refuses_what_is_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

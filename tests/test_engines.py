@@ -26,7 +26,8 @@ from mpsearch.hardware.engines.torch_kernels import Torch, products
 from mpsearch.hardware.engines.torchao_compile import TorchAoCompile
 from mpsearch.hardware.kernel import Engine, Kernel
 from mpsearch.model.codecs.normal_float import NF4
-from mpsearch.testing.engines import EngineSuite, RunningEngineSuite
+from mpsearch.testing.engines import SHAPES, EngineSuite, RunningEngineSuite
+from tests.conftest import many
 
 GGML = os.environ.get("MPSEARCH_GGML", "")
 
@@ -59,12 +60,16 @@ class TestTorchOnGpu(EngineSuite):
 
 
 class TestOpenVino(RunningEngineSuite):
+    shapes: ClassVar[tuple[tuple[int, int], ...]] = SHAPES[:: many(3, 1)]
+
     @pytest.fixture
     def engine(self) -> Engine:
         return OpenVino()
 
 
 class TestOpenVinoInFloat16(RunningEngineSuite):
+    shapes: ClassVar[tuple[tuple[int, int], ...]] = SHAPES[:: many(3, 1)]
+
     @pytest.fixture
     def engine(self) -> Engine:
         return OpenVino(precision="f16")

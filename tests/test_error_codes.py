@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import mpsearch as mp
-from mpsearch import explaining, registry
+from mpsearch import errors, explaining, registry
 from mpsearch.bundles.sharing import bundle, unbundle
 from mpsearch.capabilities import capabilities
 from mpsearch.cli.main import run
@@ -78,6 +78,19 @@ def test_every_error_and_notice_begins_with_its_code() -> None:
                 if isinstance(first, ast.Constant) and not CODE.fullmatch(str(first.value)):
                     wrong.append(f"{name}:{node.lineno}")
     assert wrong == []
+
+
+def test_the_exit_code_of_each_error_is_that_of_its_kind() -> None:
+    raised: dict[str, set[int]] = {}
+    for _, nodes in _trees():
+        for node in nodes:
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
+                kind, first = getattr(errors, node.func.id, None), node.args[0]
+                if isinstance(kind, type) and hasattr(kind, "exit_code") and isinstance(first, ast.Constant):
+                    raised.setdefault(str(first.value), set()).add(kind.exit_code)
+    told = {entry.code: entry.exit for entry in explaining.entries().values() if entry.code[0] == "E"}
+    assert {code: exits for code, exits in told.items() if exits not in raised.get(code, {exits})} == {}
+    assert (told["E140"], told["E141"], told["E201"], told["E601"], told["E699"]) == (3, 3, 4, 6, 1)
 
 
 def test_the_page_is_made_of_the_table() -> None:

@@ -19,9 +19,9 @@ from mpsearch.model.model import Model
 from mpsearch.sensitivity.fisher import Fisher
 from mpsearch.sensitivity.hessian_trace import HessianTrace
 from mpsearch.testing.estimators import EstimatorSuite
-from tests.conftest import DATA
+from tests.conftest import DATA, many
 
-REPETITIONS = 200
+REPETITIONS = many(100, 200)
 
 
 @pytest.mark.parametrize("name", registry.names("estimators"))
@@ -202,7 +202,8 @@ def test_errors_of_the_empirical_fisher_are_honest_on_a_linear_model() -> None:
     # With noise of variance 1 the Fisher is E[x x'] as well.
     truth = 0.5 * float(((MIX @ MIX.T).diagonal() * squares).sum())
     estimator = Fisher(labels="data")
-    scores = [estimator.score(model, linear_batches(1 + r, 24), layers, [FORMAT]) for r in range(REPETITIONS)]
+    # Squares of gradients have long tails: fewer repetitions tell less than the bounds ask.
+    scores = [estimator.score(model, linear_batches(1 + r, 24), layers, [FORMAT]) for r in range(200)]
     assert 0.90 <= covered(scores, truth) <= 0.99
 
 

@@ -55,7 +55,7 @@ def local(server: Served) -> StoredStudy:
 
 
 def test_plans_equal_those_of_the_command_line(server: Served) -> None:
-    assert compare_plans(server, 40) > 24
+    assert compare_plans(server, 15) > 9
 
 
 def test_a_study_of_the_client_reads_as_the_stored_one(remote: Any, local: StoredStudy) -> None:
@@ -369,7 +369,7 @@ def test_a_server_for_others_warns_and_serves_only_names_that_are_given(
     with sqlite(tmp_path):
         pass
     apps: list[Any] = []
-    monkeypatch.setattr("mpsearch.cli.serve._run", lambda server, door: apps.append(server.config.app))
+    monkeypatch.setattr("mpsearch.cli.serve.run_until_stopped", lambda server, door: apps.append(server.config.app))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     options = ["--storage", str(tmp_path / "served.db"), "--port", "0"]
     assert run(["serve", *options]) == 0

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from mpsearch.web.server.app import route_table
+from mpsearch.web.server.guard import ASKING
 from mpsearch.web.server.running import HEAD_SECONDS, Patient
 from mpsearch.web.server.tokens import COOKIE_SECONDS, Tokens, write_tokens
 from tests.http_server import FOLDER, HOME, Served, fill, served, sqlite
@@ -37,6 +38,13 @@ ROUTES: dict[tuple[str, str], tuple[str, Any]] = {
     ("GET", "/api/v1/log"): ("/api/v1/log?study=toy", None),
     ("GET", "/api/v1/names"): ("/api/v1/names", None),
     ("GET", "/api/v1/events"): ("/api/v1/events?study=over", None),
+    ("GET", "/api/v1/view"): ("/api/v1/view?study=toy", None),
+    ("GET", "/api/v1/view/choices"): ("/api/v1/view/choices?study=toy&count=2", None),
+    ("GET", "/api/v1/view/keys"): ("/api/v1/view/keys?study=toy", None),
+    ("GET", "/api/v1/why"): ("/api/v1/why?study=toy&layer=blocks.0.fc", None),
+    ("GET", "/api/v1/compare"): ("/api/v1/compare?study=toy&a=0&b=1", None),
+    ("GET", "/assets/{name}"): ("/assets/page.js", None),
+    ("POST", "/api/v1/resolve"): ("/api/v1/resolve", {"study": "toy"}),
     ("POST", "/api/v1/solve"): ("/api/v1/solve", {"study": "toy"}),
     ("POST", "/api/v1/plans/{key}/export"): ("/api/v1/plans/KEY/export", {"to": "gptqmodel"}),
     ("POST", "/api/v1/studies"): (
@@ -91,7 +99,7 @@ def test_every_route_wants_the_right_token(server: Served, route: tuple[str, str
     in_query = f"{path}{'&' if '?' in path else '?'}access_token={server.tokens.full}"
     assert server.ask(method, in_query, body, token=None).status == 401
     reader = server.ask(method, path, body, token="read")
-    assert reader.status == (403 if method == "POST" else 200), reader.body
+    assert reader.status == (403 if method == "POST" and path not in ASKING else 200), reader.body
     assert b"Traceback" not in reader.body
     for secret in (FOLDER, "secret folder", HOME, socket.gethostname(), "served.db", "ann b", "@db"):
         assert secret.encode() not in reader.body, secret
@@ -99,7 +107,8 @@ def test_every_route_wants_the_right_token(server: Served, route: tuple[str, str
     assert answer.status == 200, answer.body
     assert answer.headers["content-security-policy"].startswith("default-src 'none'; script-src 'self'")
     assert answer.headers["x-content-type-options"] == "nosniff"
-    assert answer.headers["cache-control"] == "no-store"
+    fixed = path.startswith("/assets/")
+    assert answer.headers["cache-control"] == ("private, no-cache" if fixed else "no-store")
     assert not any(name.startswith("access-control") for name in answer.headers)
     assert b"ann:pw" not in answer.body
 
@@ -363,3 +372,20 @@ def test_a_request_that_takes_too_long_is_answered_and_the_next_is_served(tmp_pa
             assert found.ask("GET", "/api/v1/study?study=toy").status == 200
             slow.go.set()
             assert found.ask("GET", "/api/v1/studies").status == 200
+
+
+def test_a_browser_without_a_cookie_is_told_how_to_get_a_link(server: Served) -> None:
+    wanted = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+    for path, token in (("/", None), ("/", "wrong"), ("/?token=wrong", None)):
+        found = server.ask("GET", path, token=token, **wanted)
+        assert (found.status, found.headers["content-type"]) == (401, "text/html; charset=utf-8")
+        text = found.body.decode()
+        assert "mpsearch serve" in text
+        assert "mpsearch view" in text
+        assert "<script" not in text
+        assert found.headers["content-security-policy"].startswith("default-src 'none'")
+        assert "served.db" not in text
+    # Programs, and every other address, get the error block.
+    assert server.ask("GET", "/", token=None).code == "E901"
+    assert server.ask("GET", "/api/v1/studies", token=None, **wanted).code == "E901"
+    assert server.ask("GET", "/", **wanted).status == 200

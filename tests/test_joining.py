@@ -15,8 +15,11 @@ import mpsearch as mp
 from mpsearch import machine
 from mpsearch.executors.inline import Nobody
 from mpsearch.joining import join
+from mpsearch.records import TaskRow
+from mpsearch.spec import StudySpec
 from mpsearch.storage.store import SqlStore
 from mpsearch.submitting import submit
+from mpsearch.tasks import Job, SurveyTask
 from mpsearch.testing.pretended import Bench, Pretended
 from mpsearch.working import Done, Worker
 from tests.service_shell import Shell, command, shell, state, study, until, write
@@ -145,6 +148,42 @@ def test_ctrl_c_in_a_worker_leaves_the_study_that_it_drives_to_others(
         assert store.control.status("small").state == "submitted"
         assert store.control.waiting() == ["small"]
     asked.store.close()
+
+
+def test_code_of_models_runs_only_where_the_worker_was_told_to(study: dict[str, Any], tmp_path: Path) -> None:
+    database = str(tmp_path / "results.db")
+    asked = mp.study(**{**study, "storage": database, "trust_remote_code": True})
+    with SqlStore(database) as store:
+        submit(asked.spec, store, background=False)
+        said: list[str] = []
+        assert join(database, idle=0.1, told=said.append) == 0
+        assert any("E802" in line for line in said)
+        (line,) = store.control.lines("small")
+        assert (line.kind, store.control.status("small").state) == ("declined", "submitted")
+        assert "E802" in line.text
+        assert join(database, idle=0.1, trusts=True) >= 4
+        assert store.control.status("small").state == "complete"
+    asked.store.close()
+
+
+def test_a_task_that_runs_code_of_a_model_is_left_to_workers_that_may(tmp_path: Path) -> None:
+    bench = Bench(f"sqlite:///{tmp_path / 'results.db'}", tmp_path / "witness")
+    asked = StudySpec.of(
+        name="theirs", model="m", calibration="c", validation="v", budgets=["4"], trust_remote_code=True
+    )
+    bench.store.create_study("theirs", asked.question())
+    bench.store.control.drive("theirs", "elsewhere:boot:1:2", 1000.0)
+    job = Job(SurveyTask(), "k")
+    body = {"job": job.to_json(), "identity": ["", "", ""], "conditions": {}}
+    bench.store.queue.offer("theirs", [TaskRow(job.key, "setup", "survey", body)])
+    worker = Worker(bench.store, "w", joined=True)
+    assert worker.step() == Done("")
+    assert worker.step() is None
+    found = bench.store.queue.states([job.key])[job.key]
+    assert (found.state, found.deaths) == ("ready", 0)
+    (line,) = bench.store.control.lines("theirs")
+    assert line.text.startswith("w: E802 ")
+    bench.store.close()
 
 
 def test_a_process_is_not_started_for_a_model_that_is_not_here(study: dict[str, Any], tmp_path: Path) -> None:

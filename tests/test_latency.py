@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mpsearch.cli.main import run
 from mpsearch.errors import InfeasibleError, InputError
 from mpsearch.format import Format
 from mpsearch.hardware.calls import decision_calls, kernels, layer_calls, refuses
+from mpsearch.hardware.clock import Clock
 from mpsearch.hardware.engines.roofline import Roofline
 from mpsearch.hardware.in_memory import activation_bytes, cache_bytes, read_bytes, weight_bytes
 from mpsearch.hardware.kernel import Kernel, KernelTime
@@ -305,6 +307,19 @@ def test_a_roofline_is_bound_by_bytes_or_by_operations() -> None:
 
 
 # --- studies
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels_are_timed_briefly() -> Iterator[None]:
+    """What is timed is real; how well is shown elsewhere."""
+    from functools import partial
+
+    from mpsearch import profiled
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profiled, "Timekeeper", partial(profiled.Timekeeper, clock=Clock(limit=0.2)))
+        patch.setattr(profiled, "Runner", partial(profiled.Runner, clock=Clock(limit=0.5)))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -248,7 +248,7 @@ class TestDiff:
         assert f"{sizes[1] - sizes[0]:+,}" in printed
         assert "1 of 16 layers differ" in printed
         assert "no loss predicted" in printed
-        assert "predicted 0.25 ± 0.01 nats/token" in printed
+        assert "predicted 0.25 nats/token, at most ± 0.01" in printed
 
     def test_a_plan_does_not_differ_from_itself(self, theirs: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert run(["plan", "diff", str(theirs), str(theirs)]) == 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +24,13 @@ from alembic.migration import MigrationContext
 from sqlalchemy import event
 
 from mpsearch.errors import MpsearchError, StorageError
-from mpsearch.records import TaskRow
-from mpsearch.storage import migrate
+from mpsearch.records import CellRow, TaskRow
+from mpsearch.storage import cells, migrate, values
+from mpsearch.storage.cells import number
+from mpsearch.storage.checks import cell_values
 from mpsearch.storage.database import again
 from mpsearch.storage.engine import make_engine
+from mpsearch.storage.gc import collect
 from mpsearch.storage.place import Place
 from mpsearch.storage.schema import SCHEMA, VERSION_TABLE, metadata
 from mpsearch.storage.store import SqlStore
@@ -33,6 +38,7 @@ from mpsearch.stored_study import StoredStudy
 from mpsearch.testing.queues import DRIVER
 from mpsearch.testing.stores import StoreSuite
 from mpsearch.testing.values import cell
+from mpsearch.testing.values import plan as plan_of
 from tests.conftest import DATA
 from tests.postgres import PASSWORD, USER, Postgres, postgres
 
@@ -324,6 +330,45 @@ def test_a_database_of_schema_1_goes_on(old: str) -> None:
         assert connection.exec_driver_sql(f"SELECT version_num FROM {VERSION_TABLE}").scalar() == f"{SCHEMA:04}"
 
 
+def cells_of_schema_1(url: str) -> list[tuple[Any, ...]]:
+    """Cells as schema 1 keeps them, floats to the last bit."""
+    place = Place.of(url)
+    engine = make_engine(place, busy_timeout=1, read_only=False)
+    with engine.connect() as connection:
+        rows = connection.exec_driver_sql(f"SELECT scope, {', '.join(CellRow._fields)} FROM cell").all()
+    engine.dispose()
+    return sorted(exact(row[0], CellRow(*row[1:])) for row in rows)
+
+
+def exact(scope: str, row: CellRow) -> tuple[Any, ...]:
+    return (scope, *(x.hex() if isinstance(x, float) else str(x) for x in row))
+
+
+def test_cells_of_schema_1_are_kept_to_the_last_bit(old: str) -> None:
+    engine = make_engine(Place.of(old), busy_timeout=1, read_only=False)
+    with engine.begin() as connection:
+        for scope, number in (("é" * 200, 0.1 + 0.2), ("a'b", 5e-324), ('"; --', 1.7976931348623157e308)):
+            values = (scope, "l" * 500, "int4", 2**63 - 1, "ok", number, -number, 2**63 - 1, "\u2028 why", 1e-9)
+            mark = "?" if connection.dialect.name == "sqlite" else "%s"
+            connection.exec_driver_sql(f"INSERT INTO cell VALUES ({', '.join([mark] * 10)})", values)
+    before = cells_of_schema_1(old)
+    assert len(before) == 39
+    with SqlStore(old) as store:
+        found = [exact(scope, row) for scope in {row[0] for row in before} for row in store.cells(scope)]
+        assert sorted(found) == before
+        # What is known is not stored again, and what is new comes beside it.
+        store.put_cells("a'b", [CellRow("l" * 500, "int4", 2**63 - 1, "ok", 5e-324, -5e-324, 1), cell()])
+        assert len(store.cells("a'b")) == 2
+    with engine.connect() as connection, migrate.alone(connection):
+        migrate.downgrade(connection, "0001")
+    engine.dispose()
+    assert set(cells_of_schema_1(old)) >= set(before)
+    with SqlStore(old) as store:
+        assert sorted(
+            exact(scope, row) for scope in {row[0] for row in before} for row in store.cells(scope)
+        ) == sorted([*before, exact("a'b", cell())])
+
+
 def test_a_study_that_ran_in_schema_1_is_paused(old: str) -> None:
     engine = make_engine(Place.of(old), busy_timeout=1, read_only=False)
     with engine.begin() as connection:
@@ -362,6 +407,96 @@ def test_a_newer_schema_is_refused_on_a_server(server: Postgres, database: str) 
     assert error.code == "E605"
     assert "schema 99" in error.message
     assert server.sql(f"SELECT version_num FROM {VERSION_TABLE}", name) == [("0099",)]
+
+
+# --- scopes
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_new_scopes_of_many_writers_at_once(kind: str, tmp_path: Path, database: str) -> None:
+    url = database if kind == "postgres" else str(tmp_path / "x.db")
+    writers, rounds = 6, 8
+    barrier = threading.Barrier(writers)
+
+    def write(number: int) -> None:
+        with SqlStore(url) as store:
+            for i in range(rounds):
+                scopes = [f"scope {i} {j}" for j in range(5)]
+                random.Random(number).shuffle(scopes)
+                rows = [cell_values(scope, cell(batch=number)) for scope in scopes]
+                barrier.wait(60)
+                store._put_cells(rows)
+
+    SqlStore(url).close()
+    with ThreadPoolExecutor(writers) as pool:
+        for done in [pool.submit(write, number) for number in range(writers)]:
+            done.result()
+    with SqlStore(url) as store:
+        for i in range(rounds):
+            for j in range(5):
+                assert [row.batch for row in store.cells(f"scope {i} {j}")] == list(range(writers))
+
+
+def test_a_scope_that_is_taken_out_while_its_cells_come(server: Postgres, database: str) -> None:
+    name = database.rpartition("/")[2]
+    with SqlStore(database) as store:
+        server.sql(f"INSERT INTO scope VALUES ({number('s', 0)}, 's')", name)
+        taken: list[str] = []
+
+        def take(connection: object, cursor: object, statement: str, *_: object) -> None:
+            if statement.startswith("INSERT INTO cell") and not taken:
+                taken.append(statement)
+                server.sql("DELETE FROM scope", name)
+
+        event.listen(store._engine, "before_cursor_execute", take)
+        store.put_cells("s", [cell()])
+        assert taken
+        assert store.cells("s") == [cell()]
+
+
+def test_two_scopes_are_given_one_number_at_once(server: Postgres, database: str) -> None:
+    name = database.rpartition("/")[2]
+    with SqlStore(database) as store:
+        given: list[str] = []
+
+        def give(connection: object, cursor: object, statement: str, *_: object) -> None:
+            if statement.startswith("INSERT INTO scope") and not given:
+                given.append(statement)
+                server.sql(f"INSERT INTO scope VALUES ({number('s', 0)}, 'other')", name)
+
+        event.listen(store._engine, "before_cursor_execute", give)
+        store.put_cells("s", [cell()])
+        assert given
+        assert store.cells("other") == []
+        assert store.cells("s") == [cell()]
+        assert len(set(server.sql("SELECT id FROM scope", name))) == 2
+
+
+def test_a_column_of_a_server_that_was_changed_is_reported(server: Postgres, database: str) -> None:
+    with SqlStore(database) as store:
+        store.put_cells("s", [cell()])
+    server.sql("ALTER TABLE cell ALTER samples TYPE text", database.rpartition("/")[2])
+    with SqlStore(database) as store:
+        assert error_of(lambda: store.cells("s")).code == "E603"
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_statements_of_one_moment(kind: str, tmp_path: Path, database: str) -> None:
+    url = database if kind == "postgres" else str(tmp_path / "x.db")
+    with SqlStore(url) as store, SqlStore(url) as other:
+        with store.reading(at_one_moment=True) as connection:
+            assert cells.read(connection, "s") == []
+            other.put_cells("s", [cell()])
+            assert cells.read(connection, "s") == []
+        # The next ones see what has come since, and what a read leaves behind does not keep one from writing.
+        assert store.cells("s") == [cell()]
+        store.put_cells("s", [cell("b")])
+        with store.reading() as connection:
+            driver = connection.connection.driver_connection
+            if kind == "postgres":
+                assert driver is not None
+                assert driver.autocommit
+        assert len(other.cells("s")) == 2
 
 
 # --- cost
@@ -440,8 +575,10 @@ def fill(store: SqlStore, scale: int) -> None:
     with store.writing() as connection:
         number = connection.exec_driver_sql("SELECT id FROM study").scalar_one()
         mark = "?" if connection.dialect.name == "sqlite" else "%s"
-        cells = [(f"scope {i % 10}", f"layer {i}", "int4", -1, "ok", 0.5, 0.1, 1, "", 0.0) for i in range(scale)]
-        connection.exec_driver_sql(f"INSERT INTO cell VALUES ({', '.join([mark] * 10)})", cells)
+        scopes = [(i, f"scope {i}") for i in range(1000)]
+        connection.exec_driver_sql(f"INSERT INTO scope VALUES ({mark}, {mark})", scopes)
+        rows = [(i % 10, f"layer {i}", "int4", -1, "ok", 0.5, 0.1, 1, "", 0.0) for i in range(scale)]
+        connection.exec_driver_sql(f"INSERT INTO cell VALUES ({', '.join([mark] * 10)})", rows)
         tasks = [
             (f"k{i}", number, f"setup {i % 3}", "score", "{}", i, ("done", "ready")[i % 2], 0, "", 0, 0, "", 0.0, 0.0)
             for i in range(scale)
@@ -463,12 +600,14 @@ def test_no_call_goes_through_a_whole_table(kind: str, tmp_path: Path, server: P
         wanted = calls(store, 3)
         names = ("put_cells", "put_cells again", "cells", "claim", "renew", "finish", "states", "orphans")
         work = [wanted[name] for name in names]
-        for more in ({"setups": ["setup 1"]}, {"setups": ["x"]}, {"skip": ["setup 0", "setup 2"]}):
+        narrower: list[dict[str, Any]] = [{"setups": ["setup 1"]}, {"setups": ["x"]}, {"skip": ["setup 0", "setup 2"]}]
+        for more in narrower:
             work.append(partial(store.queue.claim, "w", lease=10.0, **more))
         plans = [plan for call in work for plan in explained(store, statements(store, call))]
     assert len(plans) >= 14
     for statement, plan in plans:
-        assert not re.search(r"Seq Scan on (cell|task)|SCAN (cell|task|next|some)\b", plan), f"{statement}\n{plan}"
+        whole = r"Seq Scan on (cell|scope|task)|SCAN (cell|scope|task|next|some)\b"
+        assert not re.search(whole, plan), f"{statement}\n{plan}"
     claims = [plan for statement, plan in plans if "RECURSIVE" in statement]
     assert len(claims) >= 4
     for plan in claims:
@@ -481,7 +620,7 @@ def test_no_call_goes_through_a_whole_table(kind: str, tmp_path: Path, server: P
 def explained(store: SqlStore, sent: list[tuple[str, Any]]) -> Iterator[tuple[str, str]]:
     """Statements with the database's plans for them."""
     for statement, parameters in sent:
-        if statement.startswith(("BEGIN", "INSERT")) or not re.search(r"\b(cell|task)\b", statement):
+        if statement.startswith(("BEGIN", "INSERT")) or not re.search(r"\b(cell|scope|task)\b", statement):
             continue
         values = parameters[0] if isinstance(parameters, list) else parameters
         with store.reading() as connection:
@@ -497,3 +636,18 @@ def test_the_canary_is_nowhere(database: str) -> None:
         assert PASSWORD not in str(error_of(lambda: store.study("b")))
         assert PASSWORD not in str(error_of(lambda: store.create_study("a", {"storage": f"{database}x"})))
         assert PASSWORD in store.address
+
+
+def test_what_a_plan_shares_is_not_collected_while_the_plan_is_being_stored(emptied: str) -> None:
+    first, second = plan_of("int4-g64", "bf16"), plan_of("bf16", "int4-g64")
+    with SqlStore(emptied) as store, SqlStore(emptied) as other, ThreadPoolExecutor(1) as pool:
+        store.put("plan", first.key, first.to_json())
+        with store.writing() as connection:
+            values.put_many(connection, [values.row("plan", second.key, second.to_json(), None)])
+            collected = pool.submit(collect, other, dry_run=False, days=0)
+            time.sleep(0.5)
+            assert not collected.done()
+        assert collected.result(30).values == {"plan": 1}
+        assert store.get("plan", first.key) is None
+        assert store.get("plan", second.key) == second.to_json()
+        assert collect(store, dry_run=False, days=0).values == {"plan": 1}

@@ -25,6 +25,7 @@ from mpsearch.solvers.quadratic import Quadratic
 from mpsearch.solvers.ratios import high_impact_ratios
 from mpsearch.structure import Alignment, PairTerms
 from mpsearch.testing.solvers import SolverSuite, random_problem
+from tests.conftest import many
 
 DATA = Path(__file__).parent / "data"
 
@@ -98,7 +99,7 @@ def check(problem: Problem, solution: Solution, best: float, what: object) -> No
         assert solution.loss - best <= 1e-9 * abs(best), (what, solution, best)
 
 
-@pytest.mark.parametrize("chunk", range(4))
+@pytest.mark.parametrize("chunk", range(many(2, 4)))
 def test_equals_brute_force(chunk: int) -> None:
     seen: Counter[str] = Counter()
     for seed in range(60 * chunk, 60 * (chunk + 1)):

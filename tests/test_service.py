@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,15 @@ import pytest
 
 import mpsearch as mp
 from mpsearch import machine
+from mpsearch.bundled import bundled_model
 from mpsearch.cli.study_list import study_lines
 from mpsearch.errors import InputError
+from mpsearch.model.checkpoint import find_folder
 from mpsearch.records import StudyStatus, WorkerRow
 from mpsearch.storage.store import SqlStore
 from mpsearch.studying import Study
 from mpsearch.submitting import ENDED
+from mpsearch.web.server.submitting import Registered
 from tests.service_shell import Shell, command, shell, state, study, until, write
 
 # Fixtures.
@@ -32,6 +36,11 @@ def test_a_submitted_study_is_done_by_whoever_joins(shell: Shell, study: dict[st
     file = write(tmp_path, **study)
     assert shell("submit", file, "--wait") == 0
     assert shell.out == "study   small\nnext    mpsearch watch small\n"
+    assert shell("submit", file, "--wait", "--json") == 0
+    told = json.loads(shell.out)
+    assert (told["name"], told["state"], told["next"]) == ("small", "submitted", "mpsearch watch small")
+    assert shell("submit", file, "--name", "") == 2
+    assert "--name is empty" in shell.err
     assert shell("show") == 0
     assert re.fullmatch(r"small  submitted +\d+s\n", shell.out)
     assert shell("show", "small") == 3
@@ -58,7 +67,7 @@ def test_a_submitted_study_is_done_by_whoever_joins(shell: Shell, study: dict[st
     assert shell.out == "0 tasks done\n"
     assert shell("watch", "small") == 0
     # Another question needs another name.
-    assert shell("submit", write(tmp_path, **{**study, "points": 1})) == 6
+    assert shell("submit", write(tmp_path, **{**study, "points": 1})) == 3
     assert "E140" in shell.err
     assert shell("pause", "small") == 2
     assert "study 'small' is complete: there is nothing to pause" in shell.err
@@ -76,7 +85,9 @@ def test_a_process_of_its_own_does_what_nobody_has_joined_for(
         alone.run()
         assert found.plans[0].plan.to_json() == alone.plans[0].plan.to_json()
         assert [m.loss for m in found.measurements] == [m.loss for m in alone.measurements]
-    assert (tmp_path / "out" / "small.log").read_text() == ""
+    log = tmp_path / "out" / "small.log"
+    assert log.read_text() == ""
+    assert log.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_question_without_an_answer_fails_with_its_reason(
@@ -85,7 +96,7 @@ def test_a_question_without_an_answer_fails_with_its_reason(
     assert shell("submit", write(tmp_path, **{**study, "budgets": ["weights <= 1 bits"]}), "--wait") == 0
     assert shell("worker", "--idle", "0") == 0
     assert "E201" in shell.err
-    assert shell("watch", "small") == 3
+    assert shell("watch", "small") == 4
     assert "failed: E201 budget 'weights <= 1 bits' cannot be met" in shell.out
     assert shell.out.endswith("next    mpsearch explain E201\n")
     assert shell("explain", "E201") == 0
@@ -121,11 +132,16 @@ def test_pause_and_cancel_reach_a_study_that_runs(shell: Shell, study: dict[str,
         assert err == "paused; go on with: mpsearch resume small\n"
     assert state() == "paused"
     assert shell("watch", "small") == 0
-    assert shell.out.endswith("paused\nnext    mpsearch resume small\n")
-    assert shell("cancel", "small") == 0
-    assert shell.out == "cancelled\n"
+    assert shell.out.endswith(
+        "paused: stopped before its end; what was computed is kept\nnext    mpsearch resume small\n"
+    )
+    assert shell("cancel", "small", "--json") == 0
+    assert json.loads(shell.out)["state"] == "cancelled"
     assert shell("cancel", "small") == 2
-    assert shell("resume", "small", "-q", "--workers", "1") == 0
+    assert shell("resume", "small", "-q", "--workers", "1", "--json") == 0
+    told = json.loads(shell.out)
+    assert (told["study"], told["state"]) == ("small", "complete")
+    assert Path(told["report"]).is_file()
     assert state() == "complete"
 
 
@@ -144,6 +160,46 @@ def test_a_study_in_the_background_is_resumed_there(shell: Shell, study: dict[st
     assert shell("watch", "small") == 0
 
 
+def test_a_process_that_crashes_marks_its_study_failed(
+    shell: Shell, study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert shell("submit", write(tmp_path, **study), "--wait") == 0
+
+    def broken(*words: Any, **settings: Any) -> None:
+        raise ZeroDivisionError("a fault of ours")
+
+    monkeypatch.setattr("mpsearch.joining._driven", broken)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert shell("worker", "--study", "small") == 1
+    assert shell.err.count("error[E699] internal error") == 1
+    assert "Traceback" not in shell.err
+    written = next(tmp_path.glob("mpsearch-fault-*.txt"))
+    assert str(written) in shell.err
+    assert "in broken" in written.read_text()
+    assert written.stat().st_mode & 0o777 == 0o600
+    assert shell("watch", "small") == 1
+    assert "failed: ZeroDivisionError: a fault of ours" in shell.out
+    assert shell("logs", "small") == 0
+    assert "error    ZeroDivisionError: a fault of ours" in shell.out
+
+
+def test_a_bundled_model_is_stored_by_its_name() -> None:
+    spec = mp.StudySpec.of(model="bundled:tiny-llama", calibration="stdlib:calibration", budgets="4 bits")
+    assert (spec.name, spec.question()["model"], spec.setup.model) == ("tiny-llama", *["bundled:tiny-llama"] * 2)
+    assert find_folder(spec.setup.model) == bundled_model()
+    known = Registered.of(["x=bundled:tiny-llama"], ["y=stdlib:calibration"])
+    assert (known.model("x"), known.text("y")) == ("bundled:tiny-llama", "stdlib:calibration")
+
+
+def test_what_makes_no_sense_is_refused(shell: Shell) -> None:
+    with SqlStore("mpsearch.db") as store:
+        store.create_study("a", {})
+    assert shell("bundle", "a", "-") == 2
+    assert "mpsearch bundle a a.mps" in shell.err
+    assert shell("db", "merge", "mpsearch.db", "--into", "sqlite:///./mpsearch.db") == 2
+    assert "would be joined with itself" in shell.err
+
+
 def test_a_study_with_gaps_ends_with_five(shell: Shell, tmp_path: Path) -> None:
     with SqlStore("mpsearch.db") as store:
         store.create_study("a", {})
@@ -155,12 +211,12 @@ def test_a_study_with_gaps_ends_with_five(shell: Shell, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (("watch", "nosuch"), 6, "E141"),
-        (("pause", "nosuch"), 6, "E141"),
-        (("cancel", "nosuch"), 6, "E141"),
-        (("logs", "nosuch"), 6, "E141"),
-        (("resume", "nosuch"), 6, "E141"),
-        (("worker", "--study", "nosuch"), 6, "E141"),
+        (("watch", "nosuch"), 3, "E141"),
+        (("pause", "nosuch"), 3, "E141"),
+        (("cancel", "nosuch"), 3, "E141"),
+        (("logs", "nosuch"), 3, "E141"),
+        (("resume", "nosuch"), 3, "E141"),
+        (("worker", "--study", "nosuch"), 3, "E141"),
         (("watch", "a", "--storage", "other.db"), 3, "E101"),
         (("worker", "--study", "a", "--storage", "other.db"), 3, "E101"),
         (("worker", "--storage", "mysql://x/y"), 3, "E107"),
@@ -249,11 +305,11 @@ def test_the_tutorial_can_be_followed_literally(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     lines = done.stdout.splitlines()
-    assert lines.count("complete") == 2
+    assert lines.count("complete") == 3
     assert "notebook" in lines
     assert "paused" in lines
     assert any(re.match(r"laptop  complete ", line) for line in lines)
-    assert (tmp_path / "mpsearch-out" / "later" / "report.html").is_file()
+    assert (tmp_path / "mpsearch-out" / "laptop" / "report.html").is_file()
     assert list((tmp_path / "exported").glob("*.safetensors"))
     assert lines[-1].startswith(("in doubt", "price", "            ", "predicted", "gap"))
     with SqlStore(str(tmp_path / "mpsearch.db")) as store:

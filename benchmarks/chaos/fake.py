@@ -24,6 +24,7 @@ from mpsearch.front import Measurement
 from mpsearch.keys import content_key
 from mpsearch.layer import Layer, Layers
 from mpsearch.plan import BitPlan
+from mpsearch.storage import server
 from mpsearch.tables import SensitivityTable
 from mpsearch.tasks import MeasureTask, ScoreTask, Setup, Survey, Task
 
@@ -44,6 +45,7 @@ class Fake:
         lease: seconds that a task or study stays claimed without a sign of life; the package's own when 0.
         poison: a layer and a format whose scoring kills the worker; none when empty.
         attest: write down what the database acknowledges, too.
+        door: seconds that a single call waits for a server that is away; the package's own when 0.
     """
 
     witness: str
@@ -53,6 +55,7 @@ class Fake:
     lease: float = 0.0
     poison: tuple[str, ...] = ()
     attest: bool = True
+    door: float = 0.0
 
     def save(self, path: Path) -> None:
         """Write the file that the variable names, whole or not at all."""
@@ -107,6 +110,8 @@ class Cells:
         self._fake = Fake.load()
         if self._fake.lease:
             (driving.Driver.__init__.__kwdefaults__ or {})["lease"] = self._fake.lease
+        if self._fake.door:
+            server.PATIENCE = self._fake.door
         _witness[:] = [self._fake.witness]
         if self._fake.attest:
             _attest()

@@ -131,8 +131,10 @@ class Lab:
     def known(self) -> dict[str, str]:
         """What the database holds of results: name of the row -> its content, floats to the last bit."""
         found = {}
-        for row in self.rows("cell"):
-            name = json.dumps(["cell", row["scope"], row["layer"], row["format"], row["batch"]])
+        cells = self.rows("cell")
+        scopes = {row["id"]: row["key"] for row in self.rows("scope")}
+        for row in cells:
+            name = json.dumps(["cell", scopes[row["scope"]], row["layer"], row["format"], row["batch"]])
             assert name not in found, f"there twice: {name}"
             numbers = [None if row[x] is None else float(row[x]).hex() for x in ("value", "spread")]
             found[name] = json.dumps([row["status"], *numbers, row["samples"]])

@@ -11,10 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from benchmarks.chaos.drivers import Maker
-from benchmarks.chaos.lab import Lab
+from benchmarks.chaos.lab import Lab, wait_until
 from benchmarks.chaos.places import Cluster
+from mpsearch.machine import process_name
 from tests.postgres import Postgres
 
 #: Seconds that a driver has to see that its cluster is gone.
@@ -94,18 +96,42 @@ def freeze_workers(
         while process.poll() is None and found["zombies"] < zombies:
             time.sleep(dice.uniform(0.05, 0.2))
             if pids := lab.working(process.pid):
-                pid = dice.choice(pids)
                 with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGSTOP)
-                    time.sleep(lease + 3.0)
-                    os.kill(pid, signal.SIGCONT)
+                    _freeze(lab, dice.choice(pids), lease, found)
                     here += 1
-                    found["zombies"] += 1
         found["other code"] += _ended(lab, process) != 0
-        found["refused"] += lab.refused()
         # What was claimed ahead lapses with what is being done.
         found += lab.check(calm, kills=2 * here, workers=1)
     return found
+
+
+def _freeze(lab: Lab, pid: int, lease: float, found: Counter[str]) -> None:
+    """Freeze a worker for longer than its lease, and count what became of the task that it was at."""
+    os.kill(pid, signal.SIGSTOP)
+    name = process_name(pid)
+    # A statement that was on its way when it was frozen ends all the same.
+    time.sleep(0.2)
+    held = {row["key"]: row["epoch"] for row in lab.rows("task") if _is_held(row, name)}
+    if not held:
+        os.kill(pid, signal.SIGCONT)
+        found["held nothing"] += 1
+        return
+    found["zombies"] += 1
+    time.sleep(lease + 3.0)
+    kept = {row["key"]: row["epoch"] for row in lab.rows("task") if _is_held(row, name)}
+    before = lab.refused()
+    os.kill(pid, signal.SIGCONT)
+    if kept == held:
+        # Inside a transaction: until it goes on nobody else can write to the file, or to the row.
+        found["frozen while it wrote"] += 1
+        return
+    with suppress(AssertionError):
+        wait_until(lambda: lab.refused() > before, lease + 5.0, "a refused result")
+    found["refused" if lab.refused() > before else "said nothing more"] += 1
+
+
+def _is_held(row: Mapping[str, Any], worker: str) -> bool:
+    return row["state"] == "leased" and row["worker"] == worker
 
 
 def kill_servers(

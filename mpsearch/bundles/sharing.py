@@ -14,7 +14,7 @@ from mpsearch.bundles import kinds
 from mpsearch.bundles.archive import Archive, save
 from mpsearch.bundles.portion import Asked, Belongs, Copied, Portion, Refused
 from mpsearch.bundles.reach import Reach
-from mpsearch.errors import InputError, StorageError, UnsafeError, did_you_mean
+from mpsearch.errors import InputError, StudyNameError, UnsafeError, UsageError, did_you_mean
 from mpsearch.records import CellRow, ValueRow
 from mpsearch.spec import StudySpec
 
@@ -152,15 +152,17 @@ def merge(
         strip_remote_code: as for `unbundle`.
 
     Raises:
-        as `unbundle`, and a name in ``names`` that the other database has not (E141).
+        as `unbundle`, a name in ``names`` that the other database has not (E141), and a database that is to be joined
+            with itself (E115).
     """
     source = registry.make("stores", "sql", url=other, create=False, read_only=True)
+    _check_apart(source, into)
     with source, registry.make("upkeep", "copying", store=source).reading(None) as portion:
         there = [row.name for row in portion.studies]
         for name in names or {}:
             # Not asked of the store: it has one connection to read by, which is at work here.
             if name not in there:
-                raise StorageError(
+                raise StudyNameError(
                     "E141", f"no study '{name}' in {source.place.shown}{did_you_mean(name, there)}",
                     advice=f"mpsearch show --storage {shlex.quote(source.place.name)}",
                 )  # fmt: skip
@@ -172,6 +174,16 @@ def merge(
             except (ValueError, TypeError) as error:
                 raise _unusable("a value of the other database", error) from error
     return found
+
+
+def _check_apart(source: Any, into: str) -> None:
+    """Refuse to join a database with itself, under whatever spelling of its address (E115)."""
+    if registry.load("upkeep", "same")(source.place, into):
+        source.close()
+        raise UsageError(
+            "E115", f"'{source.place.name}' would be joined with itself", because="other and --into are one database",
+            advice="mpsearch db merge OTHER --into THIS",
+        )  # fmt: skip
 
 
 def _harmless(portion: Portion, where: str, strip: bool) -> Portion:

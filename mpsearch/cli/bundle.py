@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from mpsearch.cli.options import DEFAULT_STORAGE, Json, Storage, storage_option
+from mpsearch.errors import UsageError
 
 StripCode = Annotated[
     bool,
@@ -36,6 +37,11 @@ def bundle(
     """
     from mpsearch.bundles.sharing import bundle as write
 
+    if str(out) == "-":
+        raise UsageError(
+            "E115", "a bundle is a zip file, which is not written to standard output",
+            advice=f"name a file: mpsearch bundle {shlex.quote(name)} {shlex.quote(f'{name}.mps')}",
+        )  # fmt: skip
     path = write(name, out, storage, strip_paths=strip_paths, force=force)
     size = path.stat().st_size
     if as_json:

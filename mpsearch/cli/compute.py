@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -15,18 +14,18 @@ from mpsearch.bundled import PREFIX
 from mpsearch.cli.options import (
     DEFAULT_STORAGE,
     Budgets,
+    Json,
     Quiet,
     Storage,
     StudyStorage,
     Workers,
+    check_name,
     open_study,
+    print_json,
     storage_option,
     worker_count,
 )
 from mpsearch.errors import InputError, UsageError, did_you_mean
-
-if TYPE_CHECKING:
-    from mpsearch.studying import Study
 
 
 def run(
@@ -69,6 +68,7 @@ def run(
     executor: Annotated[str | None, typer.Option(help="Where workers run: local, ray, or database.")] = None,
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster; the same as --executor ray there.")] = None,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Score, solve, measure, and write the report and the plan.
 
@@ -78,6 +78,7 @@ def run(
     """
     from mpsearch.spec import StudySpec
 
+    check_name(name)
     given = {
         "name": name, "calibration": calib or None, "validation": validation or None, "estimator": estimator,
         "solver": solver, "tokens": tokens, "validation_tokens": validation_tokens, "length": length,
@@ -101,7 +102,7 @@ def run(
     else:
         values.setdefault("workers", worker_count(None))
         spec = StudySpec.of(model=what, **values)
-    _run(spec, quiet)
+    _run(spec, quiet, as_json)
 
 
 def resume(
@@ -116,6 +117,7 @@ def resume(
         bool, typer.Option("--remeasure", help="The machine or versions changed: compute all of it again here.")
     ] = False,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Go on with a study that was stopped; what is known is not computed again.
 
@@ -123,7 +125,7 @@ def resume(
 
     mpsearch resume tiny-llama --background
     """
-    from dataclasses import replace
+    from dataclasses import asdict, replace
 
     from mpsearch.submitting import submit
 
@@ -134,11 +136,16 @@ def resume(
         found.store.control.unlink(name)
     if background:
         submit(spec, found.store)
+    status = found.store.control.status(name)
     found.store.close()
-    if background:
-        sys.stdout.write(f"next    mpsearch watch {shlex.quote(name)}{storage_option(storage)}\n")
+    if not background:
+        _run(spec, quiet, as_json)
         return
-    _run(spec, quiet)
+    after = f"mpsearch watch {shlex.quote(name)}{storage_option(storage)}"
+    if as_json:
+        print_json({**asdict(status), "next": after})
+        return
+    sys.stdout.write(f"next    {after}\n")
 
 
 def _where(executor: str | None, ray: str | None) -> dict[str, Any]:
@@ -203,8 +210,9 @@ def _pins(texts: list[str]) -> dict[str, str]:
     return pins
 
 
-def _run(spec: Any, quiet: bool) -> None:
+def _run(spec: Any, quiet: bool, as_json: bool = False) -> None:
     from mpsearch import registry
+    from mpsearch.cli.present import present, present_json
     from mpsearch.cli.progress import Progress
     from mpsearch.studying import Study
 
@@ -215,54 +223,7 @@ def _run(spec: Any, quiet: bool) -> None:
         started = time.monotonic()
         with progress.around(study, f"mpsearch resume {shlex.quote(spec.name)}{storage_option(spec.storage)}"):
             study.run()
-        _present(study, time.monotonic() - started)
+        (present_json if as_json else present)(study, time.monotonic() - started)
         if store.study(study.name).state == "gaps":
             # Done, but for what the notices name.
             raise typer.Exit(5)
-
-
-def _present(study: Study, seconds: float) -> None:
-    from mpsearch.cli.lines import price_lines
-    from mpsearch.cli.show import console, front_table, layer_lines, safe
-    from mpsearch.outputs import write_outputs
-    from mpsearch.verdict import verdict
-
-    out = console()
-    layers = study.survey.layers
-    out.print(
-        f"{len(layers)} layers in {len(layers.decisions)} decisions, {layers.weights:,} weights; "
-        f"{study.computed} tasks computed in {seconds:.1f} s",
-        markup=False,
-    )
-    for line in layer_lines(layers):
-        out.print(safe(f"  {line}"), markup=False)
-    for notice in study.notices:
-        out.print(safe(notice), markup=False)
-    chosen, measurements = study.plans[0], study.measurements
-    out.print()
-    out.print(front_table(measurements, study.front, layers.weights, chosen.plan.assignment))
-    out.print()
-    for line in verdict(chosen, measurements, study.costs):
-        out.print(safe(line), markup=False)
-    for line in price_lines(chosen.plan):
-        sys.stdout.write(f"{line}\n")
-    report, plan = write_outputs(study)
-    storage = storage_option(study.spec.storage)
-    # Half a bit more than the chosen plan has can always be kept.
-    budget = f"weights <= {math.ceil(10 * chosen.plan.bits) / 10 + 0.5:.1f} bits"
-    solve = f"mpsearch solve {shlex.quote(study.name)} --budget '{budget}'{storage}\n        " if study.scored else ""
-    to = _exporter_for(study.spec.target)
-    sys.stdout.write(
-        f"\nreport  {report}\nplan    {plan}\n"
-        f"next    {solve}mpsearch export {shlex.quote(study.name)} --to {to} --out exported{storage}\n"
-    )
-
-
-def _exporter_for(target: str) -> str:
-    """Name of the exporter that writes what a target loads."""
-    from mpsearch import registry
-    from mpsearch.capabilities import capabilities
-
-    if not target or target in registry.names("exporters"):
-        return target or "native"
-    return capabilities(target).based_on[0].target

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import TextIO
 
 import typer
 
 from mpsearch import __version__
 from mpsearch.cli import (
     bundle,
+    compare,
     compute,
     db,
     doctor,
@@ -27,6 +31,9 @@ from mpsearch.cli import (
     solvers,
     stored,
     targets,
+    view,
+    why,
+    worker,
 )
 from mpsearch.errors import InputError, MpsearchError, ResourceError
 from mpsearch.logs import quiet
@@ -36,7 +43,7 @@ _GROUPS = {
     name: heading
     for heading, names in {
         "Studies": "demo run resume submit watch pause cancel logs search",
-        "Results": "show solve export measure plan",
+        "Results": "show view why compare solve export measure plan",
         "What there is": "layers formats estimators solvers targets profile",
         "Sharing and keeping": "bundle unbundle db worker serve",
         "Help": "doctor explain",
@@ -63,6 +70,8 @@ for command in (
     service.logs,
     stored.solve,
     stored.show,
+    why.why,
+    compare.compare,
     export.export,
     stored.layers,
     formats.formats,
@@ -74,8 +83,9 @@ for command in (
     search.search,
     bundle.bundle,
     bundle.unbundle,
+    view.view,
     serve.serve,
-    service.worker,
+    worker.worker,
     doctor.doctor,
     explain.explain,
 ):
@@ -101,8 +111,8 @@ def _root(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line and end the process with its exit code.
 
-    0 done; 2 usage; 3 bad input; 4 infeasible; 5 done with gaps; 6 storage; 7 resources; 8 refused for safety;
-    130 interrupted.
+    0 done; 1 a fault of mpsearch itself; 2 usage; 3 bad input; 4 infeasible; 5 done with gaps; 6 storage; 7 resources;
+    8 refused for safety; 130 interrupted.
     """
     sys.exit(run(arguments))
 
@@ -110,36 +120,81 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
     quiet()
+    code = _run(arguments)
+    try:
+        # Else Python would do it after the end, and tell in its own words what is in the way.
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _let_go(sys.stdout)
+    except OSError as error:
+        code = code or _of_the_system(error)
+        _let_go(sys.stdout)
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         app(args=None if arguments is None else list(arguments))
     except MpsearchError as error:
         if options.DEBUG.get():
             raise
-        sys.stderr.write(f"{options.plain(str(error))}\n")
-        return error.exit_code
+        return _tell(error)
     except ModuleNotFoundError as error:
-        if options.DEBUG.get() or (error.name or "mpsearch").partition(".")[0] == "mpsearch":
+        if options.DEBUG.get():
             raise
-        missing = ResourceError(
-            "E702",
-            f"the package '{error.name}' is not installed, and this command needs it",
-            advice="pip install mpsearch; to time kernels alone, give a list of layers: mpsearch layers MODEL --json",
-        )
-        sys.stderr.write(f"{missing}\n")
-        return missing.exit_code
+        if (error.name or "mpsearch").partition(".")[0] == "mpsearch":
+            return _fault(error)
+        told = f"the package '{error.name}' is not installed, and this command needs it"
+        advice = "pip install mpsearch; to time kernels alone, give a list of layers: mpsearch layers MODEL --json"
+        return _tell(ResourceError("E702", told, advice=advice))
     except OSError as error:
-        # A path that is too long, or that may not be looked at, can be met anywhere.
-        if options.DEBUG.get() or error.filename is None:
+        if options.DEBUG.get():
             raise
-        wrong = InputError("E101", f"'{error.filename}' cannot be used: {error.strerror}", advice="name another path")
-        sys.stderr.write(f"{options.plain(str(wrong))}\n")
-        return wrong.exit_code
+        return _of_the_system(error)
     except SystemExit as end:
         if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
             # No command was there yet, or none that has more to say.
             sys.stderr.write("stopped; go on with: the same command\n")
         return end.code if isinstance(end.code, int) else 0
+    except Exception as error:
+        if options.DEBUG.get():
+            raise
+        return _fault(error)
     return 0
+
+
+def _of_the_system(error: OSError) -> int:
+    from mpsearch.cli.faults import refused
+
+    if found := refused(error):
+        return _tell(found)
+    if error.filename is None:
+        return _fault(error)
+    # A path that is too long, or that may not be looked at, can be met anywhere.
+    return _tell(InputError("E101", f"'{error.filename}' cannot be used: {error.strerror}", advice="name another path"))
+
+
+def _fault(error: Exception) -> int:
+    from mpsearch.cli.faults import fault
+
+    return _tell(fault(error))
+
+
+def _tell(error: MpsearchError) -> int:
+    try:
+        sys.stderr.write(f"{options.plain(str(error))}\n")
+    except OSError:
+        _let_go(sys.stderr)
+    return error.exit_code
+
+
+def _let_go(stream: TextIO) -> None:
+    """Have what cannot be written any more go nowhere, so that the process ends in peace."""
+    # In a test, or in another program, it need not be that of the process.
+    with suppress(OSError, ValueError):
+        place = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(place, stream.fileno())
+        os.close(place)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+import sys
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mpsearch.errors import UsageError
 from mpsearch.logs import without_password
 
 if TYPE_CHECKING:
@@ -36,6 +39,22 @@ def plain(text: str) -> str:
     from mpsearch.cli.show import safe
 
     return "\n".join(safe(line) for line in text.splitlines())
+
+
+def check_name(name: str | None) -> None:
+    """Refuse an empty name of a study, which would quietly become that of the model.
+
+    Raises:
+        UsageError: it is empty (E115).
+    """
+    if name is not None and not name.strip():
+        raise UsageError("E115", "--name is empty", advice="give a name, or leave --name out for the model's own")
+
+
+def print_json(values: Any) -> None:
+    """Print one JSON value on one line, for programs that read a command's answer."""
+    sys.stdout.write(json.dumps(values) + "\n")
+    sys.stdout.flush()
 
 
 def worker_count(asked: int | None) -> int:

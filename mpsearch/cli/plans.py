@@ -13,6 +13,7 @@ import typer
 
 from mpsearch.cli.options import Json
 from mpsearch.errors import InputError, UsageError
+from mpsearch.spread import at_most
 
 if TYPE_CHECKING:
     from mpsearch.plan import BitPlan
@@ -183,7 +184,7 @@ def _print(
     sys.stdout.write(f"{len(rows)} of {count} layers differ\n")
     for which, (name, plan) in (("first", first), ("second", second)):
         told = plan.predicted
-        spread = "" if told.spread is None else f" ± {told.spread:.2g}"
-        loss = "no loss predicted" if told.loss is None else f"predicted {told.loss:.5g}{spread} {told.unit}"
+        spread = at_most(told.spread)
+        loss = "no loss predicted" if told.loss is None else f"predicted {told.loss:.5g} {told.unit}{spread}"
         sys.stdout.write(f"{which:<7} {plan.bytes:,} bytes ({8 * plan.bytes / plan.layers.weights:.4f} bits), {loss}  ")
         sys.stdout.write(f"{safe(name)}\n")

@@ -94,7 +94,7 @@ class Progress:
         except KeyboardInterrupt as stop:
             self.end()
             stopped = "cancelled" if getattr(stop, "wanted", "") == "cancel" else "paused"
-            noted = any(row.name == study.name for row in study.store.studies())
+            noted = study.store.away or any(row.name == study.name for row in study.store.studies())
             sys.stderr.write(f"{stopped}; go on with: {again if noted else 'the same command'}\n")
             sys.stderr.flush()
             study.store.close()

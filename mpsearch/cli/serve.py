@@ -11,6 +11,7 @@ import typer
 
 from mpsearch.cli.options import DEFAULT_STORAGE, Storage
 from mpsearch.errors import InputError, Notice
+from mpsearch.logs import without_password
 
 
 def serve(
@@ -25,7 +26,7 @@ def serve(
     allow_host: Annotated[list[str] | None, typer.Option(help="A further name that the server is reached by.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="Where to write the tokens, for programs.")] = None,
 ) -> None:
-    """Serve the studies of a database over HTTP, with a token; programs use mpsearch.connect.
+    """Serve the studies of a database as a page and over HTTP, with a token; programs use mpsearch.connect.
 
     mpsearch serve
 
@@ -49,8 +50,9 @@ def serve(
     with registry.make("stores", "sql", **settings) as store, listen(host, port) as door:
         taken = int(door.getsockname()[1])
         tokens = Tokens(read_only=read_only)
+        place = without_password(storage)
         given = [] if host in ("0.0.0.0", "::") else [host]
-        app = make_app(store, tokens, taken, names=[*given, *(allow_host or [])], known=known)
+        app = make_app(store, tokens, taken, names=[*given, *(allow_host or [])], known=known, place=place)
         shown = (given or ["127.0.0.1"])[0]
         address = f"http://[{shown}]:{taken}" if ":" in shown else f"http://{shown}:{taken}"
         file = token_file or usual(taken)
@@ -61,7 +63,7 @@ def serve(
             sys.stderr.write(f"{warning}\n")
         _say(address, tokens, file)
         try:
-            _run(make_server(app), door)
+            run_until_stopped(make_server(app), door)
         finally:
             file.unlink(missing_ok=True)
 
@@ -74,7 +76,9 @@ def _say(address: str, tokens: Any, file: Path) -> None:
     sys.stdout.flush()
 
 
-def _run(server: Any, door: Any) -> None:
+def run_until_stopped(server: Any, door: Any) -> None:
+    """Serve until a signal comes; Ctrl+C and SIGTERM end it alike."""
+
     def end(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 

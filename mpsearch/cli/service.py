@@ -1,15 +1,11 @@
-"""Commands for studies that run elsewhere: submit, worker, watch, pause, cancel, logs."""
+"""Commands for studies that run elsewhere: submit, watch, pause, cancel, logs."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
 import re
 import shlex
-import signal
 import sys
-import threading
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -18,15 +14,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpsearch.cli.options import DEFAULT_STORAGE, Json, Storage, StudyStorage, Workers, storage_option
-from mpsearch.errors import MpsearchError
+from mpsearch.cli.options import (
+    DEFAULT_STORAGE,
+    Json,
+    Storage,
+    StudyStorage,
+    Workers,
+    check_name,
+    print_json,
+    storage_option,
+)
+from mpsearch.cli.study_list import outcome
 
 if TYPE_CHECKING:
     from mpsearch.records import EventRow, StudyStatus
 
 #: Seconds after which a study that nobody drives is told of.
 _ALONE = 5.0
-_EXIT = {"complete": 0, "gaps": 5, "failed": 3, "paused": 0, "cancelled": 0}
+#: Of what was stopped before its end, for that is no failure either.
+_STOPPED = ("paused", "cancelled")
 
 
 def submit(
@@ -40,6 +46,7 @@ def submit(
         Path | None, typer.Option(help="With --ray: packages of the job (requirements.txt).")
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Only note it; workers of the database will find it.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Hand a study over and return at once: to workers of the database, or to a process of its own.
 
@@ -53,6 +60,7 @@ def submit(
     from mpsearch.spec import StudySpec
     from mpsearch.submitting import submit as hand_over
 
+    check_name(name)
     given = {"storage": storage, "name": name, "workers": workers}
     spec = StudySpec.load(what, **{key: value for key, value in given.items() if value is not None})
     with registry.make("stores", "sql", url=spec.storage) as store:
@@ -62,79 +70,18 @@ def submit(
             check_shown(spec.name, store.address)
         # A Ray job drives it, and nobody else.
         hand_over(spec, store, background=False if wait else None, offered=not ray)
-        address = store.address
+        address, status = store.address, store.control.status(spec.name)
+    job = ""
     if ray:
-        job = submit_job(ray, spec.name, address, spec.workers, working_dir, requirements)
-        sys.stdout.write(f"job     {job}\n")
-    _next(spec.name, spec.storage)
-
-
-def _next(name: str, storage: str) -> None:
-    option = storage_option(storage)
-    sys.stdout.write(f"study   {name}\nnext    mpsearch watch {shlex.quote(name)}{option}\n")
-
-
-def worker(
-    storage: Storage = DEFAULT_STORAGE,
-    study: Annotated[str, typer.Option(help="Drive this study, and leave when it has ended.")] = "",
-    idle: Annotated[float, typer.Option(help="Leave after so many seconds without work.")] = math.inf,
-    workers: Annotated[int, typer.Option(help="With --study: processes that compute.")] = 1,
-    executor: Annotated[str, typer.Option(help="With --study: local, ray or database.")] = "local",
-    setting: Annotated[list[str] | None, typer.Option("--set", help="Setting of the executor, NAME=VALUE.")] = None,
-) -> None:
-    """Join a database: do tasks of any study, and drive studies that nobody drives. Ray is not needed.
-
-    mpsearch worker --storage postgresql://ann@db.lan/mp
-
-    mpsearch worker --idle 60
-    """
-    from mpsearch.joining import join
-
-    if study:
-        _drive(study, storage, workers, executor, setting or [])
+        trusts = spec.trust_remote_code
+        job = submit_job(ray, spec.name, address, spec.workers, working_dir, requirements, trusts)
+    after = f"mpsearch watch {shlex.quote(spec.name)}{storage_option(spec.storage)}"
+    if as_json:
+        print_json({**asdict(status), "job": job, "next": after})
         return
-    told = threading.Event()
-    signal.signal(signal.SIGTERM, lambda number, frame: told.set())
-    try:
-        done = join(storage, stop=told.is_set, idle=idle, told=_say)
-    except KeyboardInterrupt:
-        sys.stderr.write("left; what was begun is done by others\n")
-        raise typer.Exit(130) from None
-    sys.stdout.write(f"{done} tasks done\n")
-
-
-def _drive(name: str, storage: str, workers: int, executor: str, settings: list[str]) -> None:
-    from mpsearch import registry
-    from mpsearch.cli.own_tables import read_settings
-    from mpsearch.joining import drive_stored
-
-    # To end the process is to pause the study: what is claimed is given back.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with registry.make("stores", "sql", url=storage, create=False) as store:
-        try:
-            drive_stored(store, name, storage, workers=workers, executor=executor, settings=read_settings(settings))
-        except KeyboardInterrupt:
-            # Python would wait for the threads of workers that were ended in the middle.
-            _say(f"study '{name}' stopped")
-            store.close()
-            os._exit(0)
-        except MpsearchError:
-            raise
-        except Exception as error:
-            # Who watches must not wait for what has ended.
-            store.control.log(name, "error", f"{type(error).__name__}: {error}")
-            if store.control.status(name).state == "submitted":
-                store.set_state(name, "failed")
-            raise
-        state = store.study(name).state
-    raise typer.Exit(_EXIT.get(state, 0))
-
-
-def _say(text: str) -> None:
-    from mpsearch.cli.show import safe
-
-    sys.stderr.write(f"{datetime.now(UTC):%H:%M:%S} {safe(text)}\n")
-    sys.stderr.flush()
+    if job:
+        sys.stdout.write(f"job     {job}\n")
+    sys.stdout.write(f"study   {spec.name}\nnext    {after}\n")
 
 
 def watch(
@@ -156,7 +103,7 @@ def watch(
         try:
             for status, lines in follow(store, name):
                 if as_json:
-                    _print_json(status, lines)
+                    print_json({**asdict(status), "lines": [asdict(line) for line in lines]})
                     continue
                 for line in lines:
                     progress.end()
@@ -176,9 +123,10 @@ def watch(
     progress.end()
     assert status is not None
     if not as_json:
-        sys.stdout.write(f"{status.state}{': ' + safe(status.reason) if status.reason else ''}\n")
+        why = status.reason or ("stopped before its end; what was computed is kept" if status.state in _STOPPED else "")
+        sys.stdout.write(f"{status.state}{': ' + safe(why) if why else ''}\n")
         _hint(status, storage)
-    raise typer.Exit(_EXIT[status.state])
+    raise typer.Exit(outcome(status))
 
 
 def _alone(status: StudyStatus, store: Any, storage: str) -> None:
@@ -205,32 +153,35 @@ def _hint(status: StudyStatus, storage: str) -> None:
     sys.stdout.write(f"next    mpsearch {verb} {shlex.quote(status.name)}{storage_option(storage)}\n")
 
 
-def _print_json(status: StudyStatus, lines: Any) -> None:
-    sys.stdout.write(json.dumps({**asdict(status), "lines": [asdict(line) for line in lines]}) + "\n")
-    sys.stdout.flush()
-
-
 def _clock(seconds: float) -> str:
     return f"{datetime.fromtimestamp(seconds, UTC):%H:%M:%S}"
 
 
-def pause(name: Annotated[str, typer.Argument(help="Name of the study.")], storage: Storage = DEFAULT_STORAGE) -> None:
+def pause(
+    name: Annotated[str, typer.Argument(help="Name of the study.")],
+    storage: Storage = DEFAULT_STORAGE,
+    as_json: Json = False,
+) -> None:
     """Have a study stop after the tasks in hand; `mpsearch resume` goes on with it.
 
     mpsearch pause tiny-llama
     """
-    _want(name, storage, "pause")
+    _want(name, storage, "pause", as_json)
 
 
-def cancel(name: Annotated[str, typer.Argument(help="Name of the study.")], storage: Storage = DEFAULT_STORAGE) -> None:
+def cancel(
+    name: Annotated[str, typer.Argument(help="Name of the study.")],
+    storage: Storage = DEFAULT_STORAGE,
+    as_json: Json = False,
+) -> None:
     """Have a study stop for good; what was computed stays.
 
     mpsearch cancel tiny-llama
     """
-    _want(name, storage, "cancel")
+    _want(name, storage, "cancel", as_json)
 
 
-def _want(name: str, storage: str, wanted: str) -> None:
+def _want(name: str, storage: str, wanted: str, as_json: bool) -> None:
     from mpsearch import registry
     from mpsearch.submitting import ENDED, ask
 
@@ -242,6 +193,9 @@ def _want(name: str, storage: str, wanted: str) -> None:
         while (status.state not in ENDED or status.state == before) and time.monotonic() < until:
             time.sleep(0.1)
             status = store.control.status(name)
+    if as_json:
+        print_json(asdict(status))
+        return
     sys.stdout.write(f"{status.state if status.state in ENDED else 'asked; it stops after the tasks in hand'}\n")
 
 

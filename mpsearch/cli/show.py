@@ -16,25 +16,23 @@ from mpsearch.cost_text import UNITS, itemised
 from mpsearch.front import Measurement, ParetoFront
 from mpsearch.layer import Layers
 from mpsearch.plan import BitPlan
+from mpsearch.spelling import seen_only
+from mpsearch.spread import plus_minus
 from mpsearch.standings import Tournament
 from mpsearch.studying import Study
-from mpsearch.verdict import best_uniform, gain
-
-# Control characters and the marks that turn the direction of text could forge what a terminal shows.
-_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-
+from mpsearch.verdict import NEARLY_EQUAL, best_uniform, gain, is_uniform
 
 #: Resources that tables have columns of their own for, or leave out.
 _SHOWN = ("weights", "bops")
 
 
 def safe(text: object) -> str:
-    r"""Take control and direction characters out of a text that is shown.
+    r"""Take control and direction characters, and others that are not seen, out of a text that is shown.
 
     >>> safe("a\x1b[31mb")
     'a?[31mb'
     """
-    return _UNSAFE.sub("?", str(text))
+    return seen_only(str(text), "?")
 
 
 def console() -> Console:
@@ -52,15 +50,16 @@ def _table(title: str, *columns: tuple[str, str]) -> Table:
 def front_table(measurements: Sequence[Measurement], front: ParetoFront, weights: int, chosen: str) -> Table:
     """Measured plans, cheapest first: those on the front, and the uniform ones beside them."""
     served = _served(measurements)
+    unit = measurements[0].unit if measurements else "nats/token"
     table = _table(
-        "Measured plans: KL to the original on validation text, lower is better; ► chosen, • on the front",
+        "Measured plans by bits per weight; ► chosen • front",
         ("", "left"),
         ("plan", "left"),
-        ("bits/weight", "right"),
+        ("bits", "right"),
         ("bytes", "right"),
-        *((f"{name.replace(' at ', chr(10) + 'at ')}\n{unit}", "right") for name, unit, _ in served),
-        ("loss nats/token", "right"),
-        ("against best uniform of at most its bytes", "left"),
+        *((f"{name.replace(' at ', chr(10) + 'at ')}\n{of}", "right") for name, of, _ in served),
+        (f"loss {unit}", "right"),
+        ("to best uniform", "left"),
     )
     on_front = {(point.plan, point.label) for point in front}
     shown: set[tuple[str, str]] = set()
@@ -68,11 +67,11 @@ def front_table(measurements: Sequence[Measurement], front: ParetoFront, weights
         if (m.plan, m.label) in shown or m.label.startswith("random"):
             continue
         shown.add((m.plan, m.label))
-        uniform = best_uniform(measurements, m.cost["weights"])
+        uniform = best_uniform(measurements, NEARLY_EQUAL * m.cost["weights"])
         note = ""
-        if not m.label.startswith("uniform") and uniform is not None and uniform.loss and uniform.plan != m.plan:
+        if not is_uniform(m.label) and uniform is not None and uniform.loss and uniform.plan != m.plan:
             share = 100 * gain(m, uniform)
-            note = f"{abs(share):.0f} % {'lower' if share >= 0 else 'HIGHER'} than {uniform.label[8:]}"
+            note = f"{-share:+.0f} % {safe(uniform.label[8:])}"
         mark = "►" if m.plan == chosen and m.label == "mixed" else "•" if (m.plan, m.label) in on_front else ""
         table.add_row(
             mark,
@@ -80,8 +79,8 @@ def front_table(measurements: Sequence[Measurement], front: ParetoFront, weights
             f"{8 * m.cost['weights'] / weights:.4f}",
             f"{int(m.cost['weights']):,}",
             *(f"{m.cost[name] / size:,.4g}" if name in m.cost else "" for name, _, size in served),
-            f"{m.loss:.5f} ± {m.spread:.5f}",
-            note,
+            f"{m.loss:.4g}{plus_minus(m.spread)}",
+            Text(note),
         )
     return table
 
@@ -225,6 +224,8 @@ def plan_table(plan: BitPlan) -> Table:
 
 def study_json(study: Study) -> dict[str, Any]:
     """A study's results as plain values."""
+    from mpsearch.views.study_view import StudyView
+
     return {
         "study": study.name,
         "spec": study.spec.question(),
@@ -232,4 +233,5 @@ def study_json(study: Study) -> dict[str, Any]:
         "front": [m.to_json() for m in study.front],
         "plan": study.plans[0].plan.to_json() if study.plans else None,
         "costs": [asdict(item) for item in itemised(study.plans[0].plan, study.costs)] if study.plans else [],
+        "worth": StudyView.of(study).worth.to_json(),
     }

@@ -7,12 +7,17 @@ import math
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mpsearch.cli.options import DEFAULT_STORAGE, Budgets, Json, Storage, open_study, storage_option
 from mpsearch.errors import InputError, UsageError
+from mpsearch.spread import at_most
+
+if TYPE_CHECKING:
+    from mpsearch.studying import Study
+    from mpsearch.views.study_view import StudyView
 
 
 def solve(
@@ -71,8 +76,8 @@ def solve(
     predicted = plan.predicted
     sys.stdout.write(f"\nbytes       {plan.stored_bytes:,} ({plan.bits:.4f} bits per weight)\n")
     if predicted.loss is not None:
-        spread = "" if predicted.spread is None else f" ± {predicted.spread:.2g}"
-        sys.stdout.write(f"predicted   {predicted.loss:.5g}{spread} {predicted.unit}\n")
+        doubt = at_most(predicted.spread)
+        sys.stdout.write(f"predicted   {predicted.loss:.5g} {predicted.unit}{doubt}\n")
     if predicted.gap is not None:
         proven = "0 (proven least)" if predicted.gap <= 1e-9 else f"{100 * predicted.gap:.3g} % of the loss"
         sys.stdout.write(f"gap         {proven}, bound {predicted.bound:.5g}\n")
@@ -95,9 +100,8 @@ def show(
     mpsearch show tiny-llama
     """
     from mpsearch import registry
-    from mpsearch.cli.show import console, front_table, plan_table, safe, study_json
+    from mpsearch.cli.show import study_json
     from mpsearch.cli.study_list import listed, study_lines
-    from mpsearch.verdict import verdict
 
     if name is None:
         with registry.make("stores", "sql", url=storage, create=False, read_only=True) as store:
@@ -115,33 +119,62 @@ def show(
         if as_json:
             sys.stdout.write(json.dumps(study_json(study), indent=1) + "\n")
             return
-        plans, measurements = study.plans, study.measurements
-        if not plans or not measurements:
-            state = study.store.control.status(name).state
-            verb = "watch" if state in ("submitted", "running") else "resume"
-            raise InputError(
-                "E143", f"study '{name}' has no measured plan yet: it is {state}",
-                advice=f"mpsearch {verb} {shlex.quote(name)}{storage_option(storage)}",
-            )  # fmt: skip
-        out = console()
-        out.print(front_table(measurements, study.front, study.survey.layers.weights, plans[0].plan.assignment))
-        out.print()
-        out.print(plan_table(plans[0].plan))
-        out.print()
-        for line in verdict(plans[0], measurements, study.costs):
-            out.print(safe(line), markup=False)
+        _present(study, name, storage)
     finally:
         study.store.close()
 
 
+def _present(study: Study, name: str, storage: str) -> None:
+    """Print what is known of a study: the verdict, its front, and its chosen plan as a grid of bits."""
+    from mpsearch.cli.looks import Pen, front_plot, grid_lines, worth_lines, wrapped
+    from mpsearch.cli.show import console, front_table
+    from mpsearch.views.study_view import StudyView
+
+    view = StudyView.of(study)
+    points, option = view.points, storage_option(storage)
+    if not len(points) or not points.measured.any():
+        verb = "watch" if view.state in ("submitted", "running") else "resume"
+        raise InputError(
+            "E143", f"study '{name}' has no measured plan yet: it is {view.state}",
+            advice=f"mpsearch {verb} {shlex.quote(name)}{option}",
+        )  # fmt: skip
+    pen = Pen.of_output()
+    decisions = f"{len(view.layers)} layers in {len(view.layers.decisions)} decisions, {view.weights:,} weights"
+    lines = [f"{name}: {view.state}; {decisions}", "", *worth_lines(view.worth.at(option), pen), ""]
+    sys.stdout.write("".join(f"{pen.text(line)}\n" for line in [*lines, *front_plot(view, pen), ""]))
+    sys.stdout.flush()
+    console().print(front_table(view.measured, study.front, view.weights, points.keys[view.chosen]))
+    title = f"Chosen plan: bits of one code of each layer ({_counts(view)})"
+    grid = grid_lines(view, points.choice[view.chosen].tolist(), pen)
+    sys.stdout.write("".join(f"{line}\n" for line in ["", *wrapped(title, pen), *map(pen.painted, grid)]))
+
+
+def _counts(view: StudyView) -> str:
+    """How many layers have each format in the chosen plan, fewest bits first."""
+    numbers = view.points.choice[view.chosen].tolist()
+    return ", ".join(f"{numbers.count(j)} {name}" for j, name in enumerate(view.points.formats) if j in numbers)
+
+
 def layers(
-    model: Annotated[str, typer.Argument(help="A model folder, or bundled:tiny-llama.")],
+    model: Annotated[str, typer.Argument(help="A model folder, bundled:tiny-llama, or a study (--scores).")] = "",
+    scores: Annotated[bool, typer.Option("--scores", help="What each decision loses, as a study scored it.")] = False,
+    study: Annotated[str, typer.Option(help="With --scores: the study, instead of the newest of the model.")] = "",
+    at: Annotated[str, typer.Option(help="With --scores: the format whose losses are listed.")] = "",
+    storage: Storage = DEFAULT_STORAGE,
     as_json: Json = False,
 ) -> None:
-    """List what can be decided in a model, and what is left out and why.
+    """List what can be decided in a model, and what is left out and why; or what it loses, as a study has scored it.
 
     mpsearch layers bundled:tiny-llama
+
+    mpsearch layers --study tiny-llama --scores --at int4-g64
     """
+    if scores or study:
+        _scores(model, study, at, storage, as_json)
+        return
+    if not model or at:
+        told = "no model is named" if not model else "--at says which scores to list"
+        raise UsageError("E115", told, advice="mpsearch layers MODEL, or mpsearch layers --study NAME --scores")
     from mpsearch import api
     from mpsearch.bundled import resolve_model
     from mpsearch.cli.show import console, excluded_table, layers_table
@@ -154,3 +187,21 @@ def layers(
     out.print(layers_table(found))
     out.print()
     out.print(excluded_table(found))
+
+
+def _scores(model: str, study: str, at: str, storage: str, as_json: bool) -> None:
+    """Print the scores of a study: of the one that is named, or else of the newest one of the model."""
+    from mpsearch.cli.looks import Pen
+    from mpsearch.cli.pick import Picker
+    from mpsearch.cli.scores import score_lines, scores_json
+
+    picker = Picker(storage)
+    try:
+        view = picker.view(study or picker.study_of(model))
+    finally:
+        picker.close()
+    if as_json:
+        sys.stdout.write(json.dumps(scores_json(view), indent=1) + "\n")
+        return
+    pen = Pen.of_output()
+    sys.stdout.write("".join(f"{pen.text(line)}\n" for line in score_lines(view, pen, at)))

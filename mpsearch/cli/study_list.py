@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from mpsearch.cli.show import safe
 from mpsearch.pace import span
 
 if TYPE_CHECKING:
@@ -29,6 +28,8 @@ def study_lines(statuses: Sequence[StudyStatus], now: datetime | None = None) ->
     >>> list(study_lines([row], datetime(2026, 1, 1, 10, 5, tzinfo=UTC)))
     ['tiny  running      score 3/40         5m00s']
     """
+    from mpsearch.cli.show import safe
+
     moment = now or datetime.now(UTC)
     width = min(_NAME, max((len(safe(row.name)) for row in statuses), default=0))
     for row in statuses:
@@ -45,9 +46,20 @@ def standing(row: StudyStatus) -> str:
 
 def _progress(row: StudyStatus) -> str:
     """How far a phase is, of a study that is in one."""
+    from mpsearch.cli.show import safe
+
     if row.state not in ("running", "interrupted", "paused") or not row.phase:
         return ""
     return f"{safe(row.phase)} {row.done}/{row.total}"[:18]
+
+
+def outcome(row: StudyStatus) -> int:
+    """Exit code that tells how a study has ended: 0, 5 with gaps, of one that failed that of its error."""
+    from mpsearch.explaining import exit_code
+
+    if row.state == "failed":
+        return exit_code(row.reason)
+    return 5 if row.state == "gaps" else 0
 
 
 def listed(rows: Sequence[StudyRow], statuses: Sequence[StudyStatus]) -> list[dict[str, Any]]:

@@ -286,7 +286,13 @@ def check_shown(study: str, storage: str) -> None:
 
 
 def submit_job(
-    address: str, study: str, storage: str, workers: int, working_dir: Path | None, requirements: Path | None
+    address: str,
+    study: str,
+    storage: str,
+    workers: int,
+    working_dir: Path | None,
+    requirements: Path | None,
+    trusts: bool = False,
 ) -> str:
     """Have a Ray cluster drive a stored study as a job; return the job's name.
 
@@ -297,6 +303,7 @@ def submit_job(
         workers: of the study.
         working_dir: folder that goes along; none when None.
         requirements: list of packages that the job's environment has; the nodes' own environment when None.
+        trusts: run code that comes with the model.
 
     Raises:
         InputError: no dashboard answers there, or the list of packages is not there (E432, E101).
@@ -319,6 +326,7 @@ def submit_job(
             raise InputError("E101", f"'{requirements}' not found", advice="give a requirements.txt, or leave it out")
         environment["pip"] = str(requirements)
     command = f"mpsearch worker --study {shlex.quote(study)} --executor ray --workers {workers} --set address=auto"
+    command += " --trust-remote-code" if trusts else ""
     try:
         client = JobSubmissionClient(address)
         job: str = client.submit_job(entrypoint=command, runtime_env=environment, metadata={"study": study})

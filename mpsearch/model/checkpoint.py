@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from mpsearch.bundled import model_folder
 from mpsearch.errors import InputError, UnsafeError, did_you_mean
 
 _HEADER_LIMIT = 100_000_000
@@ -23,12 +24,12 @@ _STOREABLE = {"F64", "F32", "F16", "BF16"}
 
 
 def find_folder(source: str | Path) -> Path:
-    """Return the folder of a model, or explain what is there instead.
+    """Return the folder of a model, also of a bundled one, or explain what is there instead.
 
     Raises:
         InputError: no such folder (E101), or no config.json in it (E406).
     """
-    folder = Path(source)
+    folder = model_folder(source)
     if not folder.exists():
         around = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
         raise InputError(

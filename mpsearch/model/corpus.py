@@ -7,8 +7,10 @@ validation and training text never share a file, on any machine and in any Pytho
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -43,15 +45,21 @@ def split_of(path: PurePosixPath) -> Split:
 
 def library_files(split: Split) -> Iterator[tuple[PurePosixPath, Path]]:
     """Yield (relative path, file) of every source file of a split, in an order fixed by the path's hash."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
-    for file in root.rglob("*.py"):
-        relative = PurePosixPath(file.relative_to(root).as_posix())
-        if relative.parts[0] in {"site-packages", "dist-packages"}:
-            continue
-        if split_of(relative) == split:
-            found.append((relative, file))
-    yield from sorted(found, key=lambda item: _rank(item[0]))
+    yield from _listed(Path(sysconfig.get_paths()["stdlib"]))[split]
+
+
+@cache
+def _listed(root: Path) -> Mapping[Split, Sequence[tuple[PurePosixPath, Path]]]:
+    found: dict[Split, list[tuple[PurePosixPath, Path]]] = {name: [] for name in SPLITS}
+    for folder, folders, files in os.walk(root):
+        here = PurePosixPath(Path(folder).relative_to(root).as_posix())
+        if not here.parts:
+            # What others installed may be a hundred times as much.
+            folders[:] = [name for name in folders if name not in {"site-packages", "dist-packages"}]
+        for name in files:
+            if name.endswith(".py"):
+                found[split_of(here / name)].append((here / name, Path(folder, name)))
+    return {name: sorted(rows, key=lambda item: _rank(item[0])) for name, rows in found.items()}
 
 
 def library_texts(split: Split, max_bytes: int | None = None) -> list[str]:

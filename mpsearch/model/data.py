@@ -12,6 +12,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from mpsearch.bundled import model_folder
 from mpsearch.errors import InputError, Notice
 from mpsearch.model.source import Source, read_texts
 
@@ -127,7 +128,7 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> An
 
     try:
         return transformers.AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
+            model_folder(folder), local_files_only=True, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise InputError(

@@ -16,6 +16,8 @@ from mpsearch.storage.portable import insert_new, now
 from mpsearch.storage.schema import conflict_table as table
 from mpsearch.storage.text import decode
 
+#: A refused value: its kind and key, and what was stored and what was offered as canonical JSON.
+Refusal = tuple[str, str, str, str]
 _MISSING = object()
 
 
@@ -43,7 +45,7 @@ def record(connection: Connection, kind: str, key: str, stored: str, offered: st
     record_all(connection, [(kind, key, stored, offered)])
 
 
-def record_all(connection: Connection, refused: Sequence[tuple[str, str, str, str]]) -> None:
+def record_all(connection: Connection, refused: Sequence[Refusal]) -> None:
     """Write down refused values, each once: (kind, key, stored, offered)."""
     moment = now()
     names = ("kind", "key", "stored", "offered", "digest", "created")

@@ -320,11 +320,12 @@ def _status(row: Any) -> StudyStatus:
 def _driven(name: str, driver: str, left: float) -> StorageError:
     host, _, rest = driver.partition(":")
     pid = rest.split(":")[1] if rest.count(":") >= 2 else "?"
+    study = shlex.quote(name)
     return StorageError(
         "E144",
         f"study '{name}' is being run by another process: pid {shown(pid)} on {shown(host)}",
         because=f"it gave a sign of life, which holds for {max(1, round(left))} s more",
-        advice="`mpsearch watch` shows how it goes on, `mpsearch pause` stops it",
+        advice=f"`mpsearch watch {study}` shows how it goes on, `mpsearch pause {study}` stops it",
     )
 
 

@@ -13,6 +13,7 @@ from urllib.parse import quote
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.pool import NullPool, QueuePool
 
+from mpsearch.storage.patience import Patience
 from mpsearch.storage.place import Place
 from mpsearch.storage.server import server_engine
 
@@ -22,19 +23,20 @@ BEGIN = "mpsearch_begin"
 READING = {BEGIN: "BEGIN"}
 
 
-def make_engine(place: Place, *, busy_timeout: float, read_only: bool) -> Engine:
+def make_engine(place: Place, *, busy_timeout: float, read_only: bool, patience: Patience | None = None) -> Engine:
     """Return an engine for a place; nothing is opened yet.
 
     Args:
         place: the database.
         busy_timeout: seconds to wait for other writers.
         read_only: SQLite opens the file so that it cannot be written.
+        patience: what is known of the server; nothing when None.
 
     Raises:
         ResourceError: the driver is not installed (E703).
     """
     if place.server is not None:
-        return server_engine(place, place.server, busy_timeout)
+        return server_engine(place, place.server, busy_timeout, patience or Patience(place))
     if place.path is None:
         # The one connection is the database; it must neither be doubled nor closed.
         pool = {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0, "pool_timeout": busy_timeout}

@@ -55,7 +55,7 @@ def translated(place: Place) -> Iterator[None]:
 def _error(error: Exception, place: Place, waited: float) -> MpsearchError:
     driver = getattr(error, "orig", None) or error
     if isinstance(error, PoolTimeout):
-        return _locked(place, waited)
+        return locked(place, waited)
     if isinstance(driver, sqlite3.Error):
         return _from_sqlite(driver, place, waited)
     return _from_server(driver, place, waited, gone=bool(getattr(error, "connection_invalidated", False)))
@@ -65,7 +65,7 @@ def _from_sqlite(driver: sqlite3.Error, place: Place, waited: float) -> Mpsearch
     # Extended codes carry the kind of failure in their low byte.
     code = getattr(driver, "sqlite_errorcode", -1) & 0xFF
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return _locked(place, waited)
+        return locked(place, waited)
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR) or "decode" in str(driver):
         return _damaged(place, str(driver))
     if code == sqlite3.SQLITE_FULL:
@@ -89,12 +89,20 @@ def _from_sqlite(driver: sqlite3.Error, place: Place, waited: float) -> Mpsearch
 def _from_server(driver: BaseException, place: Place, waited: float, gone: bool) -> MpsearchError:
     state = getattr(driver, "sqlstate", None) or ""
     if state in ("55P03", "57014"):
-        return _locked(place, waited)
+        return locked(place, waited)
     if state in ("40P01", "40001"):
         return UndoneError(
             "E601",
             f"'{place.name}': another program and this one waited for each other, time and again",
-            because=_one_line(driver, place),
+            because=one_line(driver, place),
+            advice="nothing is lost; run the same command again",
+        )
+    if state == "23503":
+        # Another one has just taken out what this belongs to, such as the scope of cells that no study names.
+        return UndoneError(
+            "E601",
+            f"'{place.name}': another program takes out what this one stores for, time and again",
+            because=one_line(driver, place),
             advice="nothing is lost; run the same command again",
         )
     if state == "53300":
@@ -107,19 +115,72 @@ def _from_server(driver: BaseException, place: Place, waited: float, gone: bool)
         return StorageError(
             "E609",
             f"the connection to {place.shown} was lost",
-            because=_one_line(driver, place),
+            because=one_line(driver, place),
             advice="nothing that was stored is lost; see that the server runs, and run the same command again",
         )
     if state[:2] in ("28", "3D") or (not state and type(driver).__name__ == "OperationalError"):
-        return StorageError(
-            "E608",
-            f"cannot log in to {place.shown}",
-            because=_one_line(driver, place),
-            advice="check the host, the port, the user, the password and the name of the database",
-        )
+        return _no_entry(driver, place)
     if state[:2] == "53":
-        return ResourceError("E701", f"{place.shown} is out of disk or memory", because=_one_line(driver, place))
+        return ResourceError("E701", f"{place.shown} is out of disk or memory", because=one_line(driver, place))
     return _unknown(driver, place)
+
+
+#: What the server or the system says -> what was found, and what to do. The first that fits counts.
+_NO_ENTRY: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (
+        ("refused", "no such file"),
+        "no PostgreSQL server answers at {host}:{port}",
+        "start it, or correct host and port; `pg_isready -h {host} -p {port}` tells whether it is there",
+    ),
+    (
+        ("resolve host", "translate host name"),
+        "no machine is called '{host}'",
+        "correct the host in the address, or see that this machine's network is up",
+    ),
+    (
+        ("timeout", "timed out", "unreachable", "no route to host"),
+        "{host} does not answer",
+        "see that the machine is up and that no firewall is before its port {port}",
+    ),
+    (
+        ("does not exist",),
+        "{host}:{port} has no such user or database",
+        "correct them; or `createuser -h {host} -p {port} {user}`, `createdb -h {host} -p {port} -O {user} {database}`",
+    ),
+    (
+        ("pg_hba.conf",),
+        "{host}:{port} lets user '{user}' in from elsewhere only",
+        "add a line for this machine to the server's pg_hba.conf, and have it reload that",
+    ),
+    (
+        ("password", "authentication"),
+        "{host}:{port} refused user '{user}' ({given})",
+        "put the line {host}:{port}:{database}:{user}:PASSWORD into ~/.pgpass, and chmod 600 ~/.pgpass",
+    ),
+)
+
+
+def _no_entry(driver: BaseException, place: Place) -> StorageError:
+    """The error for a server that is not there, or lets nobody in: which of the two, and what to do."""
+    said = str(driver).lower()
+    for words, message, advice in _NO_ENTRY:
+        if place.server is not None and any(word in said for word in words):
+            url = place.server
+            names = {
+                "host": url.host or "localhost", "port": url.port or 5432, "user": url.username or "USER",
+                "database": url.database or "NAME",
+                "given": "a password was given, not shown" if place.password else "no password in the address",
+            }  # fmt: skip
+            return StorageError(
+                "E608", message.format(**names), where=place.shown, because=one_line(driver, place),
+                advice=advice.format(**names),
+            )  # fmt: skip
+    return StorageError(
+        "E608",
+        f"cannot log in to {place.shown}",
+        because=one_line(driver, place),
+        advice="check the host, the port, the user, the password and the name of the database",
+    )
 
 
 def away(driver: BaseException, place: Place) -> AwayError:
@@ -127,7 +188,7 @@ def away(driver: BaseException, place: Place) -> AwayError:
     return AwayError(
         "E609",
         f"{place.shown} does not answer any more",
-        because=_one_line(driver, place),
+        because=one_line(driver, place),
         advice="nothing that was stored is lost; see that the server runs, and run the same command again",
     )
 
@@ -142,7 +203,8 @@ def _damaged(place: Place, detail: str) -> StorageError:
     )
 
 
-def _locked(place: Place, waited: float) -> StorageError:
+def locked(place: Place, waited: float) -> StorageError:
+    """The error for a database that others have held for too long."""
     return StorageError(
         "E601",
         f"'{place.name}' has been locked for {max(1, round(waited))} s{_holder(place.path)}",
@@ -154,12 +216,13 @@ def _unknown(driver: BaseException, place: Place) -> StorageError:
     return StorageError(
         "E600",
         f"'{place.name}': the database reports a failure that mpsearch does not know",
-        because=f"{type(driver).__name__}: {_one_line(driver, place)}",
+        because=f"{type(driver).__name__}: {one_line(driver, place)}",
         advice="nothing that was stored is lost; run the same command again",
     )
 
 
-def _one_line(driver: BaseException, place: Place) -> str:
+def one_line(driver: BaseException, place: Place) -> str:
+    """What a driver says, without the password."""
     text = " ".join(hide(str(driver)).split())[:300]
     return text.replace(place.password, "***") if place.password else text
 

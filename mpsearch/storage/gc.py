@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import ColumnElement, Connection, and_, delete, func, select
 from sqlalchemy.schema import Table
 
-from mpsearch.storage.copying import reached
+from mpsearch.storage import values as stored_values
+from mpsearch.storage.compact import PART
 from mpsearch.storage.database import again
 from mpsearch.storage.failures import translated
-from mpsearch.storage.portable import clock
+from mpsearch.storage.portable import chunks, clock
+from mpsearch.storage.portions import reached
 from mpsearch.storage.schema import (
     cell_table,
     conflict_table,
     event_table,
     link_table,
+    scope_table,
     study_table,
     task_table,
     value_table,
@@ -85,9 +87,10 @@ def collect(
 ) -> Collected:
     """Take out values that no study names, directly or through others, and cells of no scope that is named.
 
-    What was kept in the last days stays, for somebody may be at work. While a study is not finished every value and
-    cell stays, for it may need what it has not named yet. Tasks of finished studies go unless somebody is at them, old
-    lines of logs, and workers that were not seen for a day.
+    What was kept in the last days stays, for somebody may be at work. Cells have no date of their own: those of a
+    scope are as old as the youngest value under its key, which comes with the first of them and with the scores.
+    While a study is not finished every value and cell stays, for it may need what it has not named yet. Tasks of
+    finished studies go unless somebody is at them, old lines of logs, and workers that were not seen for a day.
 
     What goes is looked for first, and taken out in small transactions for which nobody waits long. If a study begins
     meanwhile, the values and cells that are left stay.
@@ -100,23 +103,25 @@ def collect(
         shrink: give the freed space of an SQLite file back to the disk.
     """
     before = (datetime.now(UTC) - timedelta(days=min(days, _LONGEST))).isoformat(timespec="microseconds")
-    with store.reading() as connection:
+    with store.reading(at_one_moment=True) as connection:
         seen = _studies(connection)
         busy = tuple(sorted(name for name, state, *_ in seen if state not in FINISHED))
         values, scopes = ([], []) if busy else _unneeded(connection, before)
-        cells = sum(_count(connection, cell_table, cell_table.c.scope.in_(chunk)) for chunk in _chunks(scopes))
+        cells = sum(_count(connection, cell_table, _of(chunk)) for chunk in chunks(scopes, _CHUNK))
         counts = [_count(connection, *_passing(connection, table, log_days)) for table in _PASSING]
     kinds = Counter(kind for kind, _ in values)
     if not dry_run:
         # Cells before the values that tell their unit: without that they would be taken for known.
-        cells = sum(_take_cells(store, seen, chunk) for chunk in _chunks(scopes, _SCOPES))
+        cells = sum(_take_cells(store, seen, chunk) for chunk in chunks(scopes, _SCOPES))
         for kind in kinds:
             keys = [key for other, key in values if other == kind]
-            kinds[kind] = sum(_take_values(store, seen, kind, chunk, before) for chunk in _chunks(keys))
+            kinds[kind] = sum(_take_values(store, seen, kind, chunk, before) for chunk in chunks(keys, _CHUNK))
         counts = [sum(iter(lambda: _take_passing(store, table, log_days), 0)) for table in _PASSING]  # noqa: B023
         if shrink and store.place.path is not None:
             with translated(store.place), closing(sqlite3.connect(store.place.path, timeout=60)) as file:
                 file.execute("VACUUM")
+    # Of what plans share nobody knows: it comes and goes with them.
+    del kinds[PART]
     tasks, events, workers = counts
     return Collected(dict(sorted((+kinds).items())), cells, tasks, events, workers, busy)
 
@@ -139,7 +144,16 @@ def _take_cells(store: SqlStore, seen: list[tuple[Any, ...]], scopes: Sequence[s
     with store.writing() as connection:
         if not _unchanged(connection, seen):
             return 0
-        return int(connection.execute(delete(cell_table).where(cell_table.c.scope.in_(scopes))).rowcount)
+        # Who stores cells of these scopes is waited for, and who begins to now finds the scopes gone.
+        connection.execute(select(scope_table.c.id).where(scope_table.c.key.in_(scopes)).with_for_update())
+        gone = int(connection.execute(delete(cell_table).where(_of(scopes))).rowcount)
+        connection.execute(delete(scope_table).where(scope_table.c.key.in_(scopes)))
+        return gone
+
+
+def _of(scopes: Sequence[str]) -> ColumnElement[bool]:
+    """Whether a cell is of one of the scopes."""
+    return cell_table.c.scope.in_(select(scope_table.c.id).where(scope_table.c.key.in_(scopes)))
 
 
 @again
@@ -150,6 +164,12 @@ def _take_values(store: SqlStore, seen: list[tuple[Any, ...]], kind: str, keys: 
             return 0
         linked = set(connection.execute(select(link_table.c.key).where(link_table.c.key.in_(keys))).scalars())
         going = [key for key in keys if key not in linked]
+        if kind == PART:
+            # Who stores a plan of these parts is waited for, and who begins to now finds them gone.
+            held = select(columns.key).where(columns.kind == PART, columns.key.in_(going)).order_by(columns.key)
+            connection.execute(held.with_for_update())
+            needed = stored_values.named_parts(connection)
+            going = [key for key in going if key not in needed]
         old = and_(columns.kind == kind, columns.key.in_(going), columns.created < before)
         return int(connection.execute(delete(value_table).where(old)).rowcount)
 
@@ -188,14 +208,17 @@ def _unneeded(connection: Connection, before: str) -> tuple[list[tuple[str, str]
     values = sorted({(str(kind), str(key)) for kind, key in old} - needed)
     values = [(kind, key) for kind, key in values if kind not in _SHARED_KINDS]
     going = set(values)
-    # A scope is as old as the youngest of what was kept with its cells.
+    # A scope is as old as the youngest of what was kept under its key, whenever the last of its cells was.
     scored = connection.execute(select(columns.kind, columns.key).where(columns.kind.in_(("scores", "score_unit"))))
     staying = {str(key) for kind, key in scored if (kind, key) not in going}
     values = [(kind, key) for kind, key in values if key not in staying]
+    # A plan that is too young to go needs its parts, however old these are.
+    named = stored_values.named_parts(connection, {key for kind, key in values if kind == "plan"})
+    values = [(kind, key) for kind, key in values if kind != PART or key not in named]
     refused = [key for key in roots if key.startswith('["')]
     scopes = [
         scope
-        for scope in connection.execute(select(cell_table.c.scope).distinct()).scalars()
+        for scope in connection.execute(select(scope_table.c.key)).scalars()
         if scope not in staying and not any(key.startswith(f'["{scope}"') for key in refused)
     ]
     return values, sorted(scopes)
@@ -203,9 +226,3 @@ def _unneeded(connection: Connection, before: str) -> tuple[list[tuple[str, str]
 
 def _count(connection: Connection, table: Table, condition: ColumnElement[bool]) -> int:
     return int(connection.execute(select(func.count()).select_from(table).where(condition)).scalar_one())
-
-
-def _chunks(rows: Sequence[Any], size: int = _CHUNK) -> Iterator[list[Any]]:
-    left = iter(rows)
-    while chunk := list(islice(left, size)):
-        yield chunk

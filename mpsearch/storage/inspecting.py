@@ -16,7 +16,8 @@ from sqlalchemy import Connection, and_, exists, func, select, text
 from mpsearch.errors import ResourceError
 from mpsearch.keys import content_key
 from mpsearch.records import CellRow
-from mpsearch.storage.checks import cell_values, shown
+from mpsearch.storage import cells, compact, values
+from mpsearch.storage.checks import cell_values, check_text, shown
 from mpsearch.storage.database import Database
 from mpsearch.storage.failures import UnreadableError, translated
 from mpsearch.storage.place import Place
@@ -26,6 +27,7 @@ from mpsearch.storage.schema import (
     conflict_table,
     link_table,
     metadata,
+    scope_table,
     study_table,
     task_table,
     value_table,
@@ -152,9 +154,10 @@ def check(store: SqlStore, key_of: KeyOf) -> tuple[list[Fault], int]:
     Raises:
         StorageError: so damaged that it cannot be gone through (E603).
     """
-    with store.reading() as connection:
+    with store.reading(at_one_moment=True) as connection:
         faults = [*_structure(connection)]
         faults += _values(connection, key_of)
+        faults += _scopes(connection)
         faults += _cells(connection)
         faults += _studies(connection)
         faults += _links(connection)
@@ -174,17 +177,17 @@ def _structure(connection: Connection) -> Iterator[Fault]:
 
 
 def _values(connection: Connection, key_of: KeyOf) -> Iterator[Fault]:
-    columns = value_table.c
+    columns, parts = value_table.c, values.all_parts(connection)
     rows = connection.execute(select(columns.kind, columns.key, columns.body, columns.volatile))
     for kind, key, body, volatile in rows:
         where = f"{shown(str(kind))} '{shown(str(key))[:16]}'"
         try:
-            read = decode(body)
+            read = compact.checked(body, parts) if compact.is_compact(body) else decode(body)
             if volatile is not None:
                 decode(volatile)
-            if encode("value", read) != body:
+            if not compact.is_compact(body) and encode("value", read) != body:
                 yield Fault("json", where, "not written as mpsearch writes it")
-            made = key_of(kind, read)
+            made = content_key(read) if kind == compact.PART else key_of(kind, read)
         except UnreadableError as error:
             yield Fault("json", where, str(error))
         except Exception as error:
@@ -195,10 +198,17 @@ def _values(connection: Connection, key_of: KeyOf) -> Iterator[Fault]:
                 yield Fault("key", where, "its content has another key: it was changed")
 
 
+def _scopes(connection: Connection) -> Iterator[Fault]:
+    for number, key in connection.execute(select(scope_table.c.id, scope_table.c.key)):
+        if int(number) % (1 << cells.MARK_BITS) != cells.mark(str(key)):
+            yield Fault("key", f"scope {shown(str(key))[:12]}", f"its number, {number}, is that of another one")
+
+
 def _cells(connection: Connection) -> Iterator[Fault]:
-    names = ("layer", "format", "batch", "status", "value", "spread", "samples", "reason", "seconds")
-    for row in connection.execute(select(cell_table.c.scope, *(cell_table.c[name] for name in names))):
+    chosen = select(scope_table.c.key, *(cell_table.c[name] for name in CellRow._fields))
+    for row in connection.execute(chosen.join(scope_table, scope_table.c.id == cell_table.c.scope)):
         try:
+            check_text("scope", row[0])
             cell_values(row[0], CellRow(*row[1:]))
         except Exception as error:
             yield Fault(

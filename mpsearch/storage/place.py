@@ -10,7 +10,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from mpsearch.errors import InputError
-from mpsearch.logs import hidden
+from mpsearch.logs import address, hidden, remember
 
 #: Put stars in place of every password and token that a text holds.
 hide = hidden
@@ -52,11 +52,11 @@ class Place:
             url = make_url(text)
         except (ArgumentError, ValueError):
             # The cause holds the address, with its password.
-            raise InputError("E107", f"storage: cannot read '{hide(text)}'", advice=_EXAMPLES) from None
+            raise InputError("E107", f"storage: cannot read '{address(text)}'", advice=_EXAMPLES) from None
         family = url.drivername.partition("+")[0]
         if family == "sqlite":
             if url.query:
-                raise InputError("E107", f"storage: '{hide(text)}' has options; an SQLite address has none")
+                raise InputError("E107", f"storage: '{address(text)}' has options; an SQLite address has none")
             return cls._file(url.database or ":memory:")
         if family in ("postgresql", "postgres"):
             return cls._server(url)
@@ -74,13 +74,32 @@ class Place:
     @classmethod
     def _server(cls, url: URL) -> Place:
         secret = url.password or url.query.get("password") or ""
+        secret = secret if isinstance(secret, str) else "".join(secret)
+        remember(secret)
         shown = url.set(query={}, drivername="postgresql").render_as_string(hide_password=True)
         return cls(
             shown=shown,
             name=shown,
             server=url.set(drivername="postgresql+psycopg"),
-            password=secret if isinstance(secret, str) else "".join(secret),
+            password=secret,
         )
+
+
+def same(place: Place, text: str) -> bool:
+    """Whether an address is that of a place, however it is written.
+
+    >>> same(Place.of("sqlite:///a.db"), "./a.db"), same(Place.of("a.db"), "postgresql://ann@db.lan/a.db")
+    (True, False)
+    """
+    other = Place.of(text)
+    if place.server is None or other.server is None:
+        return place.path is not None and place.path == other.path
+    return _whose(place.server) == _whose(other.server)
+
+
+def _whose(url: URL) -> tuple[str, int, str]:
+    host = (url.host or "localhost").lower()
+    return ("localhost" if host in ("127.0.0.1", "::1") else host, url.port or 5432, url.database or url.username or "")
 
 
 _EXAMPLES = "sqlite:///mpsearch.db, the path of a file, or postgresql://user@host/database"

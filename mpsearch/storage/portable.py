@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Any
 
 from sqlalchemy import JSON, ColumnElement, Connection, Double, FromClause, Table, column, func, literal
+
+#: Execution option: a server sends its numbers as they are, not as text. For statements that return thousands of rows.
+BINARY = {"mpsearch_binary": True}
 
 
 def insert(connection: Connection, table: Table) -> Any:
@@ -38,6 +42,13 @@ def listed(connection: Connection, rows: Sequence[Sequence[str | int]]) -> tuple
     function = func.json_array_elements if connection.dialect.name == "postgresql" else func.json_each
     wanted = function(literal([list(row) for row in rows], JSON)).table_valued(column("value", JSON), name="wanted")
     return wanted, wanted.c.value
+
+
+def chunks(rows: Iterable[Any], size: int = 2000) -> Iterator[list[Any]]:
+    """Yield rows in lists short enough for one statement."""
+    left = iter(rows)
+    while chunk := list(islice(left, size)):
+        yield chunk
 
 
 def now() -> str:

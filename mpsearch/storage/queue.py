@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Delete, and_, case, delete, func, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Delete,
+    Update,
+    and_,
+    bindparam,
+    case,
+    delete,
+    func,
+    or_,
+    select,
+    update,
+)
 
 from mpsearch.errors import StorageError
 from mpsearch.records import CellRow, ClaimArgs, LeasedTask, TaskRow, TaskState, ValueRow
@@ -88,7 +101,7 @@ class Queue:
         """Take the first task, by position and key, that is ready; None when there is none.
 
         Only studies count that somebody drives and that are wanted to run. Tasks whose lease has lapsed are made
-        ready first, or given up when they did so three times.
+        ready first, or given up when they did so three times; not in the first seconds after the server was away.
 
         Args:
             worker: name of the worker.
@@ -105,14 +118,15 @@ class Queue:
                 if not taking.is_any(connection, wish):
                     return None
         with self._database.writing() as connection:
-            taking.reap(connection)
+            self._reap(connection, lease / 3)
             return taking.take(connection, wish)
 
     @again
     def renew(self, lease: LeasedTask, seconds: float) -> bool:
         """Make a lease last from now on; False when it is lost."""
         with self._database.writing() as connection:
-            change = update(task_table).where(_is(lease)).values(until=clock(connection) + seconds)
+            moment = clock(connection)
+            change = update(task_table).where(_is(lease)).values(until=moment + seconds, updated=moment)
             return connection.execute(change).rowcount == 1
 
     @again
@@ -196,6 +210,11 @@ class Queue:
     def sweep(self) -> None:
         """Free the tasks whose lease has lapsed, or give them up, as `claim` does when it looks for one."""
         with self._database.writing() as connection:
+            self._reap(connection, taking.GRACE)
+
+    def _reap(self, connection: Connection, grace: float) -> None:
+        # Where the server was away for all, those who live must have the time to say so.
+        if self._database.settled(min(grace, taking.GRACE)):
             taking.reap(connection)
 
     @again
@@ -299,10 +318,18 @@ def _is(lease: LeasedTask) -> Any:
     )
 
 
+@taking.made_once
+def _ending(connection: Connection) -> Update:
+    whose = and_(*(_columns[name] == bindparam(f"{name}_") for name in ("key", "epoch", "worker")))
+    change: dict[str, Any] = {name: bindparam(name) for name in ("state", "until", "reason", "seconds")}
+    return update(task_table).where(whose, _columns.state == "leased").values(**change, updated=clock(connection))
+
+
 def _end(connection: Connection, lease: LeasedTask, state: str, reason: str, seconds: float) -> StorageError | None:
     """End a task if the lease holds; else write down the refusal and return the error to raise after the commit."""
-    ended = {"state": state, "until": None, "reason": reason, "seconds": seconds, "updated": clock(connection)}
-    if connection.execute(update(task_table).where(_is(lease)).values(ended)).rowcount == 1:
+    whose = {"key_": lease.key, "epoch_": lease.epoch, "worker_": lease.worker}
+    ended = {"state": state, "until": None, "reason": reason, "seconds": seconds}
+    if connection.execute(_ending(connection), whose | ended).rowcount == 1:
         return None
     names = (_columns.study, _columns.state, _columns.epoch, _columns.worker)
     row = connection.execute(select(*names).where(_columns.key == lease.key)).one_or_none()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
@@ -60,11 +62,20 @@ value_table = Table(
     Column("created", String(32), nullable=False),
 )
 
+# Half of a row of cells would else be the key of its scope. What the number is made of is said in `cells.mark`.
+scope_table = Table(
+    "scope",
+    metadata,
+    Column("id", _Number, primary_key=True, autoincrement=False),
+    Column("key", String(200), nullable=False),
+    UniqueConstraint("key"),
+)
+
 # Without row numbers SQLite keeps the rows themselves in the order of the key, so a scope is read in one sweep.
 cell_table = Table(
     "cell",
     metadata,
-    Column("scope", String(200), primary_key=True),
+    Column("scope", _Number, ForeignKey("scope.id", ondelete="CASCADE"), primary_key=True),
     Column("layer", String(500), primary_key=True),
     Column("format", String(200), primary_key=True),
     Column("batch", BigInteger, primary_key=True),
@@ -188,7 +199,7 @@ def schema_version(connection: Connection, name: str) -> int:
         name: what messages call the database.
 
     Raises:
-        StorageError: a database of another program (E603).
+        StorageError: a database of another program (E603), or of a version that was never released (E605).
     """
     names = inspect(connection).get_table_names()
     if VERSION_TABLE in names:
@@ -197,6 +208,7 @@ def schema_version(connection: Connection, name: str) -> int:
             return 0
         number = str(found[0])
         if len(found) == 1 and len(number) <= 18 and number.isascii() and number.isdigit():
+            _check_released(int(number), names, name)
             return int(number)
         raise StorageError("E603", f"'{name}' is not a study database (its schema is called {number[:40]!a})")
     if names and connection.dialect.name == "sqlite":
@@ -207,6 +219,15 @@ def schema_version(connection: Connection, name: str) -> int:
             advice="give another file name; nothing was changed",
         )
     return 0
+
+
+def _check_released(found: int, tables: Sequence[str], name: str) -> None:
+    if found == 2 and "cell" in tables and scope_table.name not in tables:
+        raise StorageError(
+            "E605",
+            f"'{name}' was made by a version of mpsearch that was never released, whose schema {found} was another one",
+            advice="run its study files with a new database",
+        )
 
 
 def newer(name: str, found: int) -> StorageError:

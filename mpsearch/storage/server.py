@@ -9,8 +9,10 @@ from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.engine import URL
 
 from mpsearch.errors import ResourceError, StorageError
-from mpsearch.storage.failures import away
+from mpsearch.storage.failures import away, one_line
+from mpsearch.storage.patience import HURRY, Patience
 from mpsearch.storage.place import Place
+from mpsearch.storage.portable import BINARY
 
 #: Seconds to wait for a free connection, or for a server that has gone away, at most.
 PATIENCE = 15.0
@@ -19,26 +21,33 @@ _FULL = ("too many clients", "remaining connection slots", "too many connections
 _SOON = ("starting up", "shutting down", "recovery mode", "not yet accepting")
 _AWAY = (
     *("refused", "closed the connection", "could not connect", "timeout", "no such file"),
+    *("timed out", "reset by peer", "broken pipe", "network is down", "host is down"),
     *("unreachable", "no route to host", "failed to resolve", "could not translate"),
 )
 _LIMITS = "SELECT current_setting('max_connections'), current_setting('superuser_reserved_connections')"
 
 
-def server_engine(place: Place, url: URL, busy_timeout: float) -> Engine:
+def server_engine(place: Place, url: URL, busy_timeout: float, patience: Patience) -> Engine:
     """Return an engine for a server; nothing is opened yet.
 
     Args:
         place: what messages call it.
         url: its address.
         busy_timeout: seconds to wait for other writers.
+        patience: is told when the server is away, and when it is back.
 
     Raises:
         ResourceError: the driver is not installed (E703).
     """
-    arguments: dict[str, object] = {"connect_timeout": 10, "keepalives_idle": 30, "keepalives_interval": 10}
+    # What is sent to a machine that is gone is given up after half a minute, and not after a quarter of an hour.
+    arguments: dict[str, object] = {
+        **{"connect_timeout": 10, "keepalives_idle": 30, "keepalives_interval": 10, "tcp_user_timeout": 30_000},
+    }
     if "options" not in url.query:
         arguments["options"] = _options(busy_timeout)
     try:
+        from psycopg.pq import Format
+
         engine = create_engine(
             url,
             # A server has a hundred connections or so, and there may be as many workers.
@@ -48,11 +57,17 @@ def server_engine(place: Place, url: URL, busy_timeout: float) -> Engine:
             hide_parameters=True,
             connect_args=arguments,
         )
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise ResourceError(
             "E703", "a postgresql:// address needs the package 'psycopg'", advice="pip install 'psycopg[binary]'"
         ) from error
-    _Door(place, min(busy_timeout, PATIENCE)).guard(engine)
+    _Door(place, busy_timeout, patience).guard(engine)
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def choose(connection: object, cursor: Any, statement: str, values: object, context: Any, many: bool) -> None:
+        if context is not None and context.execution_options.keys() >= BINARY.keys():
+            cursor.format = Format.BINARY
+
     return engine
 
 
@@ -74,11 +89,12 @@ class _Door:
 
     Args:
         place: what messages call the server.
-        patience: seconds to try again.
+        seconds: for how long to try again.
+        patience: is told what is found, and says when to stop.
     """
 
-    def __init__(self, place: Place, patience: float) -> None:
-        self._place, self._patience = place, patience
+    def __init__(self, place: Place, seconds: float, patience: Patience) -> None:
+        self._place, self._seconds, self._patience = place, seconds, patience
         #: How many connections the server allows and how many of them ordinary users; None until one was open.
         self._limits: tuple[int, int] | None = None
 
@@ -87,29 +103,37 @@ class _Door:
         event.listen(engine, "do_connect", self._open)
 
     def _open(self, dialect: Any, record: object, arguments: Any, settings: Any) -> Any:
-        deadline, pause = time.monotonic() + self._patience, 0.05
-        while True:
-            try:
-                connection = dialect.connect(*arguments, **settings)
-                break
-            except dialect.loaded_dbapi.OperationalError as error:
-                full = _says(error, _FULL)
-                # A server that never answered is a wrong address more often than one that comes back.
-                back = _says(error, _SOON) or (self._limits is not None and _says(error, _AWAY))
-                if time.monotonic() + pause > deadline or not (full or back):
-                    if full:
-                        raise self._no_room() from None
-                    if back and self._limits is not None:
-                        raise away(error, self._place) from None
-                    raise
-            time.sleep(pause)
-            pause = min(2 * pause, 0.5)
+        self._patience.connecting = True
+        try:
+            connection = self._knock(dialect, arguments, settings)
+        finally:
+            self._patience.connecting = False
         if self._limits is None:
             with connection.cursor() as cursor:
                 most, reserved = cursor.execute(_LIMITS).fetchone()
             connection.rollback()
             self._limits = (int(most), int(most) - int(reserved))
         return connection
+
+    def _knock(self, dialect: Any, arguments: Any, settings: dict[str, Any]) -> Any:
+        deadline, pause = time.monotonic() + min(self._seconds, PATIENCE), 0.05
+        while True:
+            hurry = {"connect_timeout": int(HURRY)} if self._limits is not None and self._patience.hurried else {}
+            try:
+                return dialect.connect(*arguments, **{**settings, **hurry})
+            except dialect.loaded_dbapi.OperationalError as error:
+                full = _says(error, _FULL)
+                # A server that never answered is a wrong address more often than one that comes back.
+                back = _says(error, _SOON) or (self._limits is not None and _says(error, _AWAY))
+                if back and self._limits is not None:
+                    self._patience.refused(one_line(error, self._place))
+                if time.monotonic() + pause > deadline or not (full or back) or not self._patience.pause(pause):
+                    if full:
+                        raise self._no_room() from None
+                    if back and self._limits is not None:
+                        raise away(error, self._place) from None
+                    raise
+            pause = min(2 * pause, 0.5)
 
     def _no_room(self) -> StorageError:
         many = "it allows no more"

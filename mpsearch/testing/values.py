@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import struct
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,10 @@ import numpy as np
 import pytest
 
 from mpsearch.errors import InputError, StorageError
+from mpsearch.format import Format
+from mpsearch.keys import canonical_json
+from mpsearch.layer import Excluded, Layer, Layers
+from mpsearch.plan import BitPlan, Predicted
 from mpsearch.records import CellRow
 
 if TYPE_CHECKING:
@@ -27,12 +30,21 @@ FLOATS = [0.1, 1 / 3, math.pi, 5e-324, 2.2250738585072014e-308, 1.79769313486231
 
 def cell(layer: str = "fc", format: str = "int4-g64", **changes: Any) -> CellRow:
     """Make a cell that is ``ok``, with changes."""
-    return dataclasses.replace(CellRow(layer, format, -1, "ok", 0.5, 0.01, 8, "", 1.5), **changes)
+    return CellRow(layer, format, -1, "ok", 0.5, 0.01, 8, "", 1.5)._replace(**changes)
 
 
 def bits(*values: float | None) -> list[bytes | None]:
     """Return floats as their bytes, which tell apart what ``==`` does not."""
     return [None if value is None else struct.pack("<d", value) for value in values]
+
+
+def plan(*formats: str) -> BitPlan:
+    """Make a plan of layers that take any of these formats."""
+    layers = [Layer(f"layers.{i}", "linear", (8, 128), macs=1024) for i in range(len(formats))]
+    kept = (Excluded("norm.weight", (128,), "float32", "a vector"),)
+    chosen = {layer.name: Format.parse(name) for layer, name in zip(layers, formats, strict=True)}
+    predicted = Predicted(0.25, 0.125, "nats/token", cost={"weights": 1.5})
+    return BitPlan(Layers(tuple(layers), kept), chosen, {"name": "m", "digest": "0" * 64}, predicted, {"solver": "x"})
 
 
 class ValueSuite:
@@ -55,6 +67,49 @@ class ValueSuite:
             assert second.get("plan", "k") == {"a": 1}
             second.put("plan", "l", {"a": 2})
         assert store.get("plan", "l") == {"a": 2}
+
+    def test_plans_come_back_whole_and_share_what_they_can(self, store: SqlStore) -> None:
+        plans = [plan(*names) for names in (("int4-g64", "int8-g64"), ("int4-g64", "int4-g64"), ("bf16", "int3-g64"))]
+        bodies = {made.key: made.to_json() for made in plans}
+        for _ in range(2):
+            for key, body in bodies.items():
+                store.put("plan", key, body)
+        found = store.get_many("plan", [*bodies, "missing"])
+        assert {key: canonical_json(body) for key, body in found.items()} == {
+            key: canonical_json(body) for key, body in bodies.items()
+        }
+        assert [BitPlan.from_json(body) for body in found.values()] == plans
+        with self.reopen(store) as second:
+            assert second.get("plan", plans[0].key) == bodies[plans[0].key]
+
+    def test_what_is_drawn_of_plans_is_read_without_their_layers(self, store: SqlStore) -> None:
+        plans = [plan("int4-g64", "int8-g64"), plan("bf16", "bf16"), plan("int8-g64", "int4-g64")]
+        for made in plans:
+            store.put("plan", made.key, made.to_json())
+        # Of another writer, who says more, so that it is stored as it is.
+        odd = {**plans[0].to_json(), "more": 1}
+        store.put("plan", "odd", odd)
+        keys = ["odd", *(made.key for made in plans[::-1]), "missing"]
+        found = store.plan_rows(keys)
+        assert list(found) == keys[:-1]
+        for key, made in zip(keys, [plans[0], *plans[::-1]], strict=False):
+            row = found[key]
+            assert [row.formats[j] for j in row.choice.tolist()] == [str(fmt) for fmt in made.formats.values()]
+            assert (row.key, row.assignment) == (made.key, made.assignment)
+            assert (row.predicted, row.source) == (made.to_json()["predicted"], made.source)
+
+    def test_another_plan_for_a_key_is_a_conflict_of_whole_plans(self, store: SqlStore) -> None:
+        first, second = plan("int4-g64", "int8-g64"), plan("int4-g64", "bf16")
+        store.put("plan", "k", first.to_json())
+        with pytest.raises(StorageError, match="tensors"):
+            store.put("plan", "k", second.to_json())
+        (row,) = store.conflicts()
+        assert (row.stored, row.offered) == (first.to_json(), second.to_json())
+        assert store.get("plan", "k") == first.to_json()
+
+    def test_what_plans_share_stands_under_the_key_of_its_content(self, store: SqlStore) -> None:
+        with pytest.raises(ValueError, match="key of its content"):
+            store.put("plan_part", "0" * 64, {"bytes": [1], "format": "bf16"})
 
     def test_an_unknown_key_gives_none(self, store: SqlStore) -> None:
         assert store.get("plan", "k") is None
@@ -206,7 +261,7 @@ class ValueSuite:
     def test_the_same_cells_again_are_fine(self, store: SqlStore) -> None:
         rows = [cell(batch=i) for i in range(5)]
         store.put_cells("s", rows)
-        store.put_cells("s", [dataclasses.replace(row, samples=9, reason="x", seconds=7.0) for row in rows])
+        store.put_cells("s", [row._replace(samples=9, reason="x", seconds=7.0) for row in rows])
         assert store.cells("s") == rows
         assert store.conflicts() == []
 

@@ -38,7 +38,8 @@ def size(count: float) -> str:
     >>> size(3 * 2**20), size(1234)
     ('3.000 MiB', '0.001177 MiB')
     """
-    return f"{count / MIB:.4g} MiB" if count < MIB else f"{count / MIB:,.3f} MiB"
+    text = f"{count / MIB:.4g} MiB" if abs(count) < MIB else f"{count / MIB:,.3f} MiB"
+    return text.replace("-", MINUS)
 
 
 def whole_bytes(count: float) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import html
 import json
-import re
 from collections.abc import Iterable
 from typing import Any
 
+from mpsearch.spelling import seen_only
+
 _VOID = {"meta", "br"}
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]")
 
 
 class Html(str):
@@ -19,8 +19,8 @@ class Html(str):
 
 
 def clean(text: object) -> str:
-    """Return a value as text that HTML can hold: control characters and lone surrogates become ``\ufffd``."""
-    return _CONTROL.sub("\ufffd", str(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    """Return a value as text that HTML can hold and that shows all it holds: what is not seen becomes ``\ufffd``."""
+    return seen_only(str(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace"), keep="\t\n\r")
 
 
 def escape(text: object) -> Html:
@@ -66,12 +66,3 @@ def data_script(value: Any, **attributes: object) -> Html:
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return tag("script", Html(text), type="application/json", **attributes)
-
-
-def chart_text(text: object) -> str:
-    """Escape a value for Plotly, which reads tags and entities in every text that it draws.
-
-    >>> chart_text("<a href='x'>")
-    "&lt;a href='x'&gt;"
-    """
-    return html.escape(clean(text), quote=False)

@@ -4,196 +4,216 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from plotly.offline import get_plotlyjs
-
+from mpsearch.spread import at_most
+from mpsearch.views.steps import SIGNIFICANT
+from mpsearch.views.study_view import StudyView
 from mpsearch.web.amounts import number, size, whole_bytes, with_spread
-from mpsearch.web.figures import (
-    Figure,
-    front_figure,
-    off_the_scale,
-    predicted_pairs,
-    prediction_figure,
-    rank_correlation,
-)
-from mpsearch.web.heat_map import heat_map
-from mpsearch.web.layer_table import exactly, layer_table
-from mpsearch.web.markup import Html, data_script, join, tag
-from mpsearch.web.plan_table import NOISE, plan_table
-from mpsearch.web.report_data import ReportData, group_of
+from mpsearch.web.layer_table import layer_table
+from mpsearch.web.markup import Html, join, tag
+from mpsearch.web.plan_table import listed, plan_table
+from mpsearch.web.report_data import compact, plans_of, squeezed, without_folders
 
+#: The drawing scripts in the order in which they are read; the page of the server reads all but the last one.
+SCRIPTS = (
+    "base", "data", "axes", "front", "map", "card", "compare", "predicted", "breakdown", "sensitivity", "verdict",
+    "report",
+)  # fmt: skip
 # A number and its percent sign stay on one line.
 _PERCENT = "\N{NO-BREAK SPACE}%"
+_HELP = (
+    "Point at a plan and the map follows. A click pins it as A, a click with Shift as B, and the two are compared. "
+    "Drag over the plot to zoom in, double-click to see all again; on the keyboard arrows, Enter, + and 0 do the same. "
+    "The address holds what is shown."
+)
 
 
-def report_html(view: ReportData) -> str:
+def report_html(view: StudyView) -> str:
     """Write a study's report as one HTML page.
 
-    The page loads nothing: style, scripts and data are inside, and its content security policy forbids
-    every connection and every script but its own two. All text of the study is escaped.
+    The page loads nothing: style, script and data are inside, and its content security policy forbids every
+    connection, every script and every style but its own. All text of the study is escaped. Without scripts its tables
+    are read.
 
     Args:
-        view: what to show.
+        view: what to show; whatever there is of the study so far.
 
     Returns:
-        The text of the file, about 5 MB, nearly all of it the drawing library.
+        The text of the file: about 0.1 MB, and for 10,000 plans of 300 layers less than 2 MB.
 
-    Raises:
-        ValueError: a measured number is NaN or infinite.
+    >>> from mpsearch.testing.views import pretended
+    >>> report_html(pretended(20, 16, 4))[:15]
+    '<!doctype html>'
     """
-    scripts = [Html(get_plotlyjs()), Html(_asset("report.js"))]
-    parts = (_verdict, _front, _map, _plans, _predictions, _notices, _facts)
+    view = without_folders(view)
+    script, style = Html(_script()), Html(asset("style.css"))
     body = tag(
         "body",
-        tag("main", tag("h1", "mpsearch study ", view.study), *(part(view) for part in parts)),
-        tag("div", id="tip", role="tooltip", hidden="hidden"),
-        *(tag("script", script) for script in scripts),
+        tag("header", tag("h1", "mpsearch study ", tag("bdi", view.study)), _state(view)),
+        tag("main", *(part(view) for part in (_verdict, _drawings, _tables, _notices, _facts))),
+        *_data(view),
+        tag("script", script),
+        class_="report",
     )
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_policy(scripts)),
+        tag("meta", http_equiv="Content-Security-Policy", content=_policy(script, style)),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("title", view.study, " - mpsearch"),
-        tag("style", Html(_asset("report.css"))),
+        tag("style", style),
     )
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
 
 
-def _asset(name: str) -> str:
-    return (files("mpsearch.web") / name).read_text(encoding="utf-8")
+@cache
+def asset(name: str) -> str:
+    """Return the text of a script or style of the package."""
+    return (files("mpsearch.web") / "assets" / name).read_text(encoding="utf-8")
 
 
-def _policy(scripts: Sequence[str]) -> str:
-    """Allow these scripts by their digest, styles, and images made on the page; nothing else."""
-    digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
-    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
-    # The drawing library writes its own style rules, and saves a chart through an image.
-    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'"
+def _script() -> str:
+    return "\n".join(asset(f"{name}.js") for name in SCRIPTS)
 
 
-def _section(title: str, *children: object) -> Html:
-    return tag("section", tag("h2", title), *children)
+def _digest(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _note(*children: object) -> Html:
-    return tag("p", *children, class_="note")
+def _policy(script: str, style: str) -> str:
+    """Allow this script and this style by their digests, and nothing else."""
+    own = f"script-src {_digest(script)}; style-src {_digest(style)}"
+    return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'"
 
 
-def _chart(name: str, figure: Figure, caption: str, shape: str = "chart") -> Html:
-    without = tag("noscript", "This chart needs JavaScript. The tables hold the same numbers.")
-    return tag(
-        "figure",
-        tag("div", without, id=name, class_=shape),
-        data_script(figure, data_chart=name),
-        tag("figcaption", caption),
-    )
+def _data(view: StudyView) -> Iterator[Html]:
+    if len(view.points):
+        yield tag("script", squeezed(compact(view)), type="text/plain", id="study-data")
+        yield tag("script", plans_of(view), type="text/plain", id="study-plans")
+
+
+def _section(title: str, *children: object, name: str | None = None) -> Html:
+    return tag("section", tag("h2", title), *children, id=name)
+
+
+def _note(*children: object, **attributes: object) -> Html:
+    return tag("p", *children, class_="note", **attributes)
+
+
+def _state(view: StudyView) -> Html:
+    return tag("p", f"State: {view.state}.", class_="note") if view.state != "complete" else Html("")
 
 
 def _tile(name: str, value: object, detail: object) -> Html:
     return tag("div", tag("dt", name), tag("dd", value, tag("small", detail)))
 
 
-def _verdict(view: ReportData) -> Html:
-    plan, measured = view.chosen, view.chosen_measurement
-    share = plan.stored_bytes / (2 * plan.layers.weights)
-    bits = number(plan.bits, f"{plan.bits:.3f}")
-    tiles = [
-        _tile(
-            "Size, exact",
-            number(plan.stored_bytes, size(plan.stored_bytes)),
-            f"{whole_bytes(plan.stored_bytes)} of the whole model",
+def _verdict(view: StudyView) -> Html:
+    worth = view.worth
+    lines = [*worth.sentences, *(limit.sentence for limit in worth.limits)] or ["There is no verdict yet."]
+    said = (tag("p", line) for line in dict.fromkeys(lines))
+    steps = [tag("li", step.why, Html(": "), tag("code", step.line)) for step in worth.next]
+    further = tag("div", tag("h2", "What to try next"), tag("ul", *steps, class_="next")) if steps else ""
+    tiles = tag("dl", *_tiles(view), class_="tiles") if len(view.points) else ""
+    return tag("div", tag("div", *said, class_="verdict"), tiles, further, id="verdict")
+
+
+def _tiles(view: StudyView) -> Iterator[Html]:
+    points = view.points
+    i = view.chosen
+    if "weights" in points.cost and math.isfinite(points.cost["weights"][i]):
+        count = float(points.cost["weights"][i])
+        yield _tile("Size, exact", number(count, size(count)), f"{whole_bytes(count)} of the whole model")
+        if view.weights:
+            bits = 8 * count / view.weights
+            share = f"{100 * count / (2 * view.weights):.1f}{_PERCENT} of 16-bit weights"
+            yield _tile("Bits per weight, exact", number(bits, f"{bits:.3f}"), share)
+    loss, predicted, bound = (float(x[i]) for x in (points.loss, points.predicted, points.bound))
+    if math.isfinite(loss):
+        told = number(loss, with_spread(loss, float(points.spread[i])))
+        yield _tile("Loss, measured", told, f"{points.unit}, ± one standard error")
+    if math.isfinite(predicted):
+        gap = ""
+        if math.isfinite(bound) and predicted > 0:
+            gap = f", gap to the bound {100 * (predicted - bound) / predicted:.2g}{_PERCENT}"
+        told = number(predicted, f"{with_spread(predicted)}{at_most(float(points.doubt[i]))}")
+        yield _tile("Loss, predicted", told, f"{points.unit}{gap}")
+
+
+def _drawings(view: StudyView) -> Html:
+    """Make the places that the script draws in."""
+    if not len(view.points):
+        return _section("Size and loss", _note("There is no plan yet, so there is nothing to draw."))
+    buttons = tag(
+        "p",
+        tag("button", "Compare A with the best uniform plan of its size", type="button", id="uniform"),
+        tag("button", "Keep A as B too", type="button", id="keep"),
+        tag("button", "Swap A and B", type="button", id="swap"),
+        tag("button", "Unpin B", type="button", id="unpin"),
+        class_="controls",
+    )
+    seen = tag(
+        "div", tag("p", id="shown", class_="shown"), tag("p", id="modes", class_="controls"), tag("div", id="map")
+    )
+    plot = tag("div", tag("p", id="switches", class_="controls"), tag("div", id="front"))
+    pair = tag("div", plot, seen, class_="pair")
+    drawn = (
+        tag("p", id="broken", class_="note", hidden="hidden"),
+        _section("Size and loss, and the bits of each layer", _note(_HELP), pair, tag("div", id="card")),
+        _section(
+            "Compare two plans",
+            tag("ul", id="pins"),
+            buttons,
+            _note("No plan is pinned as B: click one with Shift held, or press a button.", id="compare-none"),
+            tag("div", id="compare"),
         ),
-        _tile("Bits per weight, exact", bits, f"{100 * share:.1f}{_PERCENT} of 16-bit weights"),
-    ]
-    if measured is not None:
-        loss = number(measured.loss, with_spread(measured.loss, measured.spread))
-        tiles.append(_tile("Loss, measured", loss, f"{measured.unit}, ± one standard error"))
-    if plan.loss is not None:
-        loss = number(plan.loss, with_spread(plan.loss, plan.predicted.spread))
-        gap = "" if plan.predicted.gap is None else f", gap to the bound {100 * plan.predicted.gap:.2g}{_PERCENT}"
-        tiles.append(_tile("Loss, predicted", loss, f"{plan.predicted.unit}{gap}"))
-    lines = tag("div", *(tag("p", line) for line in view.verdict), class_="verdict")
-    return tag("div", lines, tag("dl", *tiles, class_="tiles"), id="verdict")
-
-
-def _front(view: ReportData) -> Html:
-    title = "Size and loss"
-    if not view.measurements:
-        return _section(title, _note("No plan was measured yet."))
-    caption = (
-        "Loss is measured, with one standard error. Size is exact. Dashed lines are budgets. "
-        "The ring is the chosen plan."
+        _section("Predicted against measured", tag("div", id="predicted")),
+        _section("Where plan A spends", tag("div", id="breakdown")),
+        _section("Sensitivity", tag("div", id="sensitivity")),
     )
-    if off_the_scale([m.loss for m in view.measurements]):
-        hidden = [m.label for m in view.measurements if m.loss <= 0]
-        caption += f" Not on this axis, with a loss of 0 or less: {', '.join(dict.fromkeys(hidden))}."
-    return _section(title, _chart("front", front_figure(view), caption))
+    without = tag("noscript", _note("The drawings need JavaScript. The tables below hold the numbers."))
+    return join([without, tag("div", *drawn, class_="drawings")])
 
 
-def _map(view: ReportData) -> Html:
-    maker = view.scores.source.get("estimator")
-    by = f" by {maker}" if isinstance(maker, str) else ""
-    exact = exactly(view.chosen)
-    every = tag("summary", f"All {len(view.chosen.layers)} layers as a table")
-    return _section(
-        "The chosen plan",
-        _note(f"Bits of each layer. Point at a cell or tap it for format, bytes ({exact}) and loss (predicted{by})."),
-        heat_map(view.chosen, view.scores),
-        tag("details", every, layer_table(view.chosen, view.scores)),
-    )
-
-
-def _plans(view: ReportData) -> Html:
-    if not view.measurements:
+def _tables(view: StudyView) -> Html:
+    numbers = listed(view)
+    if not numbers:
         return Html("")
-    random = [m for m in view.measurements if group_of(m) == "random"]
-    others = [m for m in view.measurements if group_of(m) != "random"]
-    parts = [plan_table(view, others, "plans")] if others else []
-    if random:
-        summary = tag("summary", f"{len(random)} random and other plans")
-        parts.append(tag("details", summary, plan_table(view, random, "random-plans")))
     note = (
-        "Gain is the loss of the best uniform plan of at most the same bytes, less the plan's own. "
-        "Its ± joins both standard errors as if they were independent; "
-        f"a gain below {NOISE} times that is within noise."
+        "Gain is the measured loss of the best uniform plan of at most the same bytes (1 % more counts as the same), "
+        "less the plan's own. Its ± is paired by sequence where both plans ran on the same data, and otherwise joins "
+        f"both standard errors as if they were independent; a gain below {SIGNIFICANT} times that is within noise."
     )
-    return _section("Measured plans", _note(note), *parts)
+    some = "" if len(numbers) == len(view.points) else f" {len(numbers)} of {len(view.points)} plans are listed."
+    every = tag("summary", f"All {len(view.layers)} layers of the chosen plan as a table")
+    return _section(
+        "Plans as a table",
+        _note(note, some),
+        plan_table(view, numbers, "plans"),
+        tag("details", every, layer_table(view, view.chosen)) if len(view.layers) else "",
+    )
 
 
-def _predictions(view: ReportData) -> Html:
-    figure = prediction_figure(view)
-    if figure is None:
-        return Html("")
-    pairs = predicted_pairs(view)
-    correlation = rank_correlation(pairs)
-    count = "1 plan" if len(pairs) == 1 else f"{len(pairs)} plans"
-    caption = f"{count} with a predicted and a measured loss, each with one standard error."
-    if correlation is not None:
-        caption += f" Rank correlation (Spearman) {correlation:.3f}."
-    values = [value for loss, m in pairs for value in (loss, m.loss)]
-    if off_the_scale(values):
-        caption += " Plans with a loss of 0 or less are not on these axes."
-    return _section("Predicted against measured", _chart("predictions", figure, caption, "chart square"))
-
-
-def _notices(view: ReportData) -> Html:
+def _notices(view: StudyView) -> Html:
     if not view.notices:
         return Html("")
     return _section("Notices", tag("ul", *(tag("li", notice) for notice in view.notices), class_="notices"))
 
 
-def _facts(view: ReportData) -> Html:
-    machines = dict.fromkeys(m.machine for m in view.measurements if m.machine)
+def _facts(view: StudyView) -> Html:
+    machines = dict.fromkeys(m.machine for m in view.measured if m.machine)
     measured = {"losses measured on": ", ".join(machines)} if machines else {}
+    model = {**view.model, "weights": view.weights, "layers": len(view.layers)}
     parts = []
-    for title, values in (("Model", view.model), ("Provenance", {**measured, **view.provenance})):
+    for title, values in (("Model", model), ("Provenance", {**measured, **view.provenance})):
         if not values:
             continue
-        facts = (join([tag("dt", name), tag("dd", text)]) for name, text in _flat(values))
+        facts = (join([tag("dt", tag("bdi", name)), tag("dd", tag("bdi", text))]) for name, text in _flat(values))
         parts.append(_section(title, tag("dl", *facts, class_="facts")))
     return join(parts)
 

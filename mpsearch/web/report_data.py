@@ -1,78 +1,115 @@
-"""What a report shows: plain values of one study."""
+"""A view as little text as it takes, for the one-file report."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import base64
+import json
+import math
+import re
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
-from mpsearch.front import Measurement
-from mpsearch.plan import BitPlan
-from mpsearch.tables import SensitivityTable
+import numpy as np
+from numpy.typing import NDArray
 
-Group = Literal["mixed", "uniform", "random"]
+from mpsearch.planning import usable
+from mpsearch.views.packed import choices, packed
+from mpsearch.views.study_view import StudyView
+
+Numbers = NDArray[np.float64]
+_PATH = re.compile(r"(?:file:)?(?:~|\.{0,2}/|[A-Za-z]:[\\/]|\\\\)")
+#: Hexadecimal digits that name a plan in a link: two of a million plans have the same ones once in 500 reports.
+KEY_DIGITS = 12
 
 
-@dataclass(frozen=True)
-class ReportData:
-    """Everything one report says.
+def compact(view: StudyView) -> dict[str, Any]:
+    """Return what `mpsearch.views.packed.packed` does, less what follows from formats and tables.
 
-    Attributes:
-        study: name of the study.
-        model: name -> value of what is said of the model.
-        verdict: the answer in sentences; the first one is the headline.
-        budgets: each budget as its text and its limit in bytes.
-        measurements: plans that ran; labels are ``mixed``, ``uniform <format>`` or ``random``.
-        plans: what measurements call a plan -> the plan.
-        scores: predicted loss of each decision in each format.
-        chosen: the plan of the chosen budget.
-        notices: things worth knowing about the run.
-        provenance: name -> value: versions, seed, machine, data; values may be mappings or lists.
+    Of predicted losses, their errors, bounds and costs, an entry that the formats of its plan give to the last digit
+    is ``True``; the report's script sums it up again. Keys are cut, and keys of files left out.
+
+    Args:
+        view: of the study.
+
+    >>> from mpsearch.testing.views import pretended
+    >>> compact(pretended(20, 16, 4))["points"]["predicted"][:2]
+    [True, True]
     """
-
-    study: str
-    model: Mapping[str, Any]
-    verdict: Sequence[str]
-    budgets: Sequence[tuple[str, int]]
-    measurements: Sequence[Measurement]
-    plans: Mapping[str, BitPlan]
-    scores: SensitivityTable
-    chosen: BitPlan
-    notices: Sequence[str] = ()
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def weights(self) -> int:
-        """Number of weights of the whole model; bits per weight refer to it."""
-        return self.chosen.layers.weights
-
-    @property
-    def unit(self) -> str:
-        """Unit of the measured losses."""
-        return self.measurements[0].unit if self.measurements else self.scores.unit
-
-    def bits(self, measurement: Measurement) -> float:
-        """Stored bits per weight of a measured plan."""
-        return 8 * measurement.cost["weights"] / self.weights
-
-    def is_chosen(self, measurement: Measurement) -> bool:
-        """Say whether a measurement is of the chosen plan: the same formats, however they were found."""
-        if measurement.plan in (self.chosen.assignment, self.chosen.key):
-            return True
-        plan = self.plans.get(measurement.plan)
-        return plan is not None and plan.assignment == self.chosen.assignment
-
-    @property
-    def chosen_measurement(self) -> Measurement | None:
-        """What was measured of the chosen plan; ``None`` when it did not run."""
-        return next((m for m in self.measurements if self.is_chosen(m)), None)
+    data = packed(view)
+    points, plain = view.points, data["points"]
+    plain["key"] = [key[:KEY_DIGITS] for key in points.keys]
+    plain["plan"] = []
+    if view.scores is not None:
+        settled = usable(view.scores)
+        for name, table in (("predicted", settled.value), ("doubt", settled.spread)):
+            plain[name] = _unless(plain[name], _sums(view, settled.formats, table))
+        follows = zip(plain["bound"], points.bound, points.predicted, strict=True)
+        plain["bound"] = [True if own == predicted else entry for entry, own, predicted in follows]
+    for cost in view.costs:
+        if cost.resource in plain["cost"]:
+            sums = (cost.fixed + total for total in _sums(view, cost.formats, cost.value))
+            plain["cost"][cost.resource] = _unless(plain["cost"][cost.resource], sums)
+    return data
 
 
-def group_of(measurement: Measurement) -> Group:
-    """Say what a measured plan is to its study, from its label.
+def without_folders(view: StudyView) -> StudyView:
+    """The same view with only the last part of each path in model and provenance: a report goes to others.
 
-    >>> group_of(Measurement("k", "uniform int4-g64", 1.0, 0.1, "nats/token", {"weights": 8}))
-    'uniform'
+    Names of layers, which may look like paths, stay.
     """
-    first = measurement.label.split(maxsplit=1)[0] if measurement.label.strip() else ""
-    return "mixed" if first == "mixed" else "uniform" if first == "uniform" else "random"
+    model = {name: _last(value) for name, value in view.model.items()}
+    return replace(view, model=model, provenance=_last(dict(view.provenance)))
+
+
+def _last(value: Any) -> Any:
+    """Plain values with the last part of what is a path."""
+    if isinstance(value, Mapping):
+        return {name: _last(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_last(item) for item in value]
+    if isinstance(value, str) and _PATH.match(value):
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return value
+
+
+def _unless(entries: Iterable[float | None], sums: Iterable[float]) -> list[float | bool | None]:
+    """Leave out the entries that are sums."""
+    return [True if entry is not None and entry == total else entry for entry, total in zip(entries, sums, strict=True)]
+
+
+def _sums(view: StudyView, formats: Iterable[str], table: Numbers) -> Iterable[float]:
+    """Yield the exact sum of a table over the decisions of each plan; NaN where a cell of it is not known."""
+    place = {name: j for j, name in enumerate(view.points.formats)}
+    wide = np.full((table.shape[0], len(place) + 1), np.nan)
+    for j, name in enumerate(formats):
+        wide[:, place.get(name, -1)] = table[:, j]
+    wide[:, -1] = np.nan
+    lead = np.array([view.rows.index(row) for row in range(len(view.layers.decisions))], dtype=np.intp)
+    rows = np.arange(len(lead))
+    for choice in view.points.choice:
+        cells = wide[rows, choice[lead]].tolist()
+        yield math.fsum(cells) if cells else math.nan
+
+
+def squeezed(value: Mapping[str, Any] | bytes) -> str:
+    """Return plain values, or bytes, as base 64 of zlib: nothing in it can be read as markup.
+
+    Raises:
+        ValueError: for NaN or infinity, which JSON cannot hold.
+
+    >>> squeezed(b"a" * 99) == squeezed(b"a" * 99), "<" in squeezed({"name": "<script>"})
+    (True, False)
+    """
+    raw = value if isinstance(value, bytes) else _json(value)
+    return base64.b64encode(zlib.compress(raw, 7)).decode("ascii")
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"), default=str).encode("ascii")
+
+
+def plans_of(view: StudyView) -> str:
+    """Return the formats of all plans, squeezed."""
+    return squeezed(choices(view))

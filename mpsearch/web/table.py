@@ -25,10 +25,11 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of a table: its cells, the first one naming it; marked or not."""
+    """A row of a table: its cells, the first one naming it; marked or not; number of its plan."""
 
     cells: Sequence[object]
     marked: bool = False
+    plan: int | None = None
 
 
 def data_table(name: str, columns: Sequence[Column], rows: Iterable[Row]) -> Html:
@@ -62,4 +63,4 @@ def _row(columns: Sequence[Column], row: Row) -> Html:
         )
         for column, cell in zip(columns[1:], others, strict=True)
     )
-    return tag("tr", tag("th", first, scope="row"), *cells, class_="chosen" if row.marked else None)
+    return tag("tr", tag("th", first, scope="row"), *cells, class_="chosen" if row.marked else None, data_plan=row.plan)

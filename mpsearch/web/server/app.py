@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import PlainTextResponse, RedirectResponse, Response
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 from mpsearch import __version__
 from mpsearch.errors import InputError, MpsearchError, UnsafeError
@@ -18,16 +18,13 @@ from mpsearch.web.server.answers import API, Json
 from mpsearch.web.server.events import Streams, events
 from mpsearch.web.server.guard import HEALTH, Guard
 from mpsearch.web.server.machines import Machines
+from mpsearch.web.server.pages import HIDDEN, door_html, page_html, serving_assets
 from mpsearch.web.server.plainly import failed
 from mpsearch.web.server.reading import reading
 from mpsearch.web.server.refusals import status_of
 from mpsearch.web.server.submitting import Registered
 from mpsearch.web.server.tokens import COOKIE_SECONDS, Tokens
-
-_WELCOME = """\
-mpsearch {version}: the API is at /api/v1, its description at /api/v1/openapi.json.
-This browser holds a token. Programs send 'Authorization: Bearer TOKEN'; mpsearch.connect does.
-"""
+from mpsearch.web.server.views import Views, viewing
 
 
 def hosts_of(port: int, names: Sequence[str] = ()) -> list[str]:
@@ -50,6 +47,9 @@ def make_app(
     seconds: float = 30.0,
     streams: Streams | None = None,
     jobs: Jobs | None = None,
+    views: Views | None = None,
+    place: str = "",
+    told: bool = False,
 ) -> Guard:
     """Make the application of a store.
 
@@ -62,27 +62,32 @@ def make_app(
         seconds: that a request may take.
         streams: of events.
         jobs: how many solvers run at once.
+        views: of the studies, kept ready.
+        place: of the store, as commands name it; without its password.
+        told: whether readers are the owner alone, who may see the place as well.
     """
-    machines = Machines(store)
+    machines, jobs = Machines(store), jobs or Jobs()
     app = FastAPI(
         title="mpsearch", version=__version__, docs_url=None, redoc_url=None, openapi_url=f"{API}/openapi.json",
         redirect_slashes=False,
     )  # fmt: skip
     for router in (
         reading(store),
-        acting(store, known or Registered(), jobs or Jobs()),
+        acting(store, known or Registered(), jobs),
+        viewing(views or Views(store), jobs),
         events(store, streams or Streams(store), machines),
     ):
         # Added one by one: the table of routes is what the guard and its tests go by.
         app.router.routes.extend(router.routes)
     cookie = f"mpsearch_{port}"
-    _doors(app, tokens, cookie)
+    _doors(app, tokens, cookie, {"full": place, "read": place if told else HIDDEN})
+    app.router.routes.extend(serving_assets().routes)
     app.add_exception_handler(MpsearchError, _refused)
     app.add_exception_handler(RequestValidationError, _wrong_fields)
     return Guard(app, tokens, hosts_of(port, names), cookie, _methods(app), machines, seconds)
 
 
-def _doors(app: FastAPI, tokens: Tokens, cookie: str) -> None:
+def _doors(app: FastAPI, tokens: Tokens, cookie: str, places: Mapping[str, str]) -> None:
     @app.get(HEALTH, responses={200: {"model": shapes.Health}}, response_model=None)
     async def health() -> Json:
         """Whether the server answers; needs no token."""
@@ -92,8 +97,11 @@ def _doors(app: FastAPI, tokens: Tokens, cookie: str) -> None:
     async def root(request: Request) -> Response:
         code = request.query_params.get("token")
         if code is None:
-            return PlainTextResponse(_WELCOME.format(version=__version__))
+            rights = request.scope["mpsearch_rights"]
+            return HTMLResponse(page_html(rights, places[rights]))
         session = tokens.exchange(code) if len(request.query_params) == 1 else None
+        if session is None and "text/html" in request.headers.get("accept", ""):
+            return HTMLResponse(door_html(), status_code=401)
         if session is None:
             raise UnsafeError(
                 "E901",

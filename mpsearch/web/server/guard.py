@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl
 from mpsearch.errors import InputError, MpsearchError, ResourceError, UnsafeError
 from mpsearch.web.server.bodies import read_body
 from mpsearch.web.server.machines import Machines
+from mpsearch.web.server.pages import door_html
 from mpsearch.web.server.plainly import failed
 from mpsearch.web.server.refusals import status_of
 from mpsearch.web.server.replies import Reply
@@ -25,6 +26,8 @@ Send = Callable[[Message], Awaitable[None]]
 
 HEALTH = "/health"
 EVENTS = "/api/v1/events"
+#: Posts that store and steer nothing, for their bodies are too long for an address: a token for reading allows them.
+ASKING = ("/api/v1/resolve",)
 #: Bytes of the head of a request.
 MAX_HEAD = 32 * 1024
 #: No address of ours needs more; what is spelled in any other way leads nowhere.
@@ -62,6 +65,10 @@ class Guard:
                 await self.app(scope, receive, send)
             return
         reply = Reply(send)
+        reply.zips = any(
+            name.lower() == b"accept-encoding" and re.search(rb"(?<![a-z])gzip(?!\s*;\s*q=0(?:\.0*)?(?![.\d]))", value)
+            for name, value in scope["headers"]
+        )
         try:
             rights = self._check(scope)
             reply.hide = self.machines if rights == "read" else None
@@ -78,7 +85,8 @@ class Guard:
                 return
             await self._in_time(scope, receive, reply)
         except MpsearchError as error:
-            await reply.refuse(405 if isinstance(error, _WrongMethod) else status_of(error), failed(error))
+            status = 405 if isinstance(error, _WrongMethod) else status_of(error)
+            await reply.refuse(status, failed(error), page=door_html() if status == 401 and _opens(scope) else "")
         except Exception as error:  # Nothing that a client sends may show how the inside looks.
             _log.error("a request ended with %s", type(error).__name__, exc_info=_log.isEnabledFor(logging.DEBUG))
             unexpected = MpsearchError("E900", "the server met an error that it did not expect", advice="see its log")
@@ -101,7 +109,8 @@ class Guard:
             return None
         if not self._is_link(scope):
             rights, by_cookie = self._rights(headers)
-            if scope["method"] not in ("GET", "HEAD", "OPTIONS") and rights == "read":
+            asks = scope["method"] == "POST" and raw.decode("latin-1") in ASKING
+            if scope["method"] not in ("GET", "HEAD", "OPTIONS") and rights == "read" and not asks:
                 raise UnsafeError("E902", "this token is for reading only", advice="use the full token")
             self._check_origin(scope, headers, by_cookie)
         else:
@@ -178,6 +187,12 @@ class Guard:
             body = await read_body(scope, receive)
             receive = _once(body)
         await self.app(scope, receive, reply)
+
+
+def _opens(scope: Scope) -> bool:
+    """Whether a browser asks for the page itself."""
+    accepts = any(name.lower() == b"accept" and b"text/html" in value.lower() for name, value in scope["headers"])
+    return accepts and scope["method"] == "GET" and scope["raw_path"] == b"/"
 
 
 class _WrongMethod(InputError):

@@ -9,14 +9,12 @@ from fastapi import APIRouter, Path
 from fastapi import Query as InQuery
 
 from mpsearch.errors import InputError, MpsearchError
-from mpsearch.front import ParetoFront
 from mpsearch.ports import Store
 from mpsearch.records import LinkRow
 from mpsearch.spec import StudySpec
 from mpsearch.stored_study import StoredStudy
 from mpsearch.web.server import shapes
 from mpsearch.web.server.answers import FOUND, Json, new_router, page
-from mpsearch.web.server.measured import Measured
 from mpsearch.web.server.plainly import plain
 
 #: Whole plans of one answer: each may have thousands of layers.
@@ -87,7 +85,6 @@ class Reading:
 
     def __init__(self, store: Any) -> None:
         self.store = store
-        self._measured = Measured(store)
 
     def studies(self, ask: Annotated[shapes.Paged, InQuery()]) -> Json:
         """List the studies, newest first."""
@@ -144,12 +141,12 @@ class Reading:
 
     def front(self, ask: InStudy) -> Json:
         """List the measured plans that no other beats in both bytes and loss, cheapest first."""
-        items = [point.to_json() for point in ParetoFront.of(self._measured.of(ask.study))]
+        items = [point.to_json() for point in open_study(self.store, ask.study).front]
         return Json(page(items, len(items), 0))
 
     def measurements(self, ask: InPage) -> Json:
         """List all measured plans of a study."""
-        found = self._measured.of(ask.study)
+        found = open_study(self.store, ask.study).measurements
         part = [item.to_json() for item in found[ask.offset : ask.offset + ask.limit]]
         return Json(page(part, len(found), ask.offset))
 

@@ -8,8 +8,14 @@ from typing import Any
 
 #: Fields that say where something ran.
 _HIDDEN = frozenset({"home", "driver", "owner", "worker", "workers", "host", "pid", "storage", "out"})
-#: Fields that hold names, which are labels whatever they look like.
-_LABELS = frozenset({"name", "study", "label", "layer", "layers", "format", "formats"})
+#: Fields that hold names of layers, decisions, formats and studies: no text of them is a path, whatever it looks like.
+#: Names of layers of ONNX begin with a slash, and a page that finds them by name must be given them whole.
+_NAMES = frozenset({
+    "name", "study", "layer", "layers", "decision", "decisions", "tie", "shared", "rows", "columns", "format",
+    "formats",
+})  # fmt: skip
+#: Labels of plans: one that was imported may name its file, yet a word of it is no machine.
+_LABELS = frozenset({"label", "labels"})
 _ADDRESS = re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]*:///?[^\s'\"`,;)]*")
 _QUOTED = re.compile(r"(['\"`])((?:file:|~?/|[A-Za-z]:[\\/]|\\\\)[^'\"`]*)\1")
 _PATH = re.compile(r"(?<![\w./\\~…<])(?:~?/|[A-Za-z]:[\\/]|\\\\)[^\s'\"`,;:)]+")
@@ -24,6 +30,8 @@ def redact(value: Any, machines: Iterable[str] = ()) -> Any:
 
     >>> redact({"model": "/home/ann/llama", "home": "pc", "unit": "nats/token", "text": "on pc: no '/a b/c'"}, ["pc"])
     {'model': '…/llama', 'unit': 'nats/token', 'text': "on …: no '…/c'"}
+    >>> redact({"decisions": ["/model/layers.0/MatMul"], "label": ["model of /home/ann/plan.json"]}, ["model"])
+    {'decisions': ['/model/layers.0/MatMul'], 'label': ['model of …/plan.json']}
     """
     names = sorted({name for name in machines if name}, key=len, reverse=True)
     hosts = re.compile("|".join(rf"(?<![\w.-]){re.escape(name)}(?![\w])" for name in names)) if names else None
@@ -33,7 +41,7 @@ def redact(value: Any, machines: Iterable[str] = ()) -> Any:
 def _redact(value: Any, hosts: re.Pattern[str] | None) -> Any:
     if isinstance(value, dict):
         return {
-            name: item if name in _LABELS and _is_label(item) else _redact(item, hosts)
+            name: item if name in _NAMES and _is_text(item) else _redact(item, None if name in _LABELS else hosts)
             for name, item in value.items()
             if name not in _HIDDEN
         }
@@ -42,7 +50,7 @@ def _redact(value: Any, hosts: re.Pattern[str] | None) -> Any:
     return redact_text(value, hosts) if isinstance(value, str) else value
 
 
-def _is_label(item: Any) -> bool:
+def _is_text(item: Any) -> bool:
     return isinstance(item, str) or (isinstance(item, list) and all(isinstance(each, str) for each in item))
 
 

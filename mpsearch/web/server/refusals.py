@@ -11,6 +11,7 @@ from mpsearch.errors import (
     MpsearchError,
     ResourceError,
     StorageError,
+    StudyNameError,
     UnsafeError,
     UsageError,
 )
@@ -19,9 +20,11 @@ from mpsearch.errors import (
 _BY_CODE = {
     "E101": 404, "E141": 404, "E140": 409, "E142": 409, "E143": 409, "E144": 409, "E521": 409, "E523": 409,
     "E901": 401, "E902": 403, "E903": 403, "E904": 421, "E905": 415, "E906": 413, "E908": 404, "E909": 429,
+    "E914": 409,
 }  # fmt: skip
 _BY_KIND: tuple[tuple[type[MpsearchError], str, int], ...] = (
     (InfeasibleError, "infeasible", 409),
+    (StudyNameError, "study", 404),
     (InputError, "input", 422),
     (StorageError, "storage", 503),
     (UnsafeError, "unsafe", 403),

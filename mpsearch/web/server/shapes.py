@@ -13,7 +13,12 @@ _PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f]+$"
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=_PRINTABLE, examples=["tiny-llama"])]
 BudgetText = Annotated[str, Field(min_length=1, max_length=200, examples=["weights <= 4.25 bits"])]
 FormatText = Annotated[str, Field(min_length=1, max_length=100, examples=["int4-g64"])]
+Pattern = Annotated[str, Field(min_length=1, max_length=500, examples=["*.down_proj"])]
+#: Of a view: what was stored when it was made.
+Mark = Annotated[str, Field(pattern=r"^[0-9a-f]{0,16}$")]
 Key = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+#: A plan of a view.
+PlanName = Annotated[str, Field(pattern=r"^(?:\d{1,9}|[0-9a-f]{64})?$", examples=["0"])]
 Scalar = Annotated[int, Field(ge=-(2**63), lt=2**63)] | float | bool | Annotated[str, Field(max_length=200)]
 Settings = Annotated[dict[Annotated[str, Field(max_length=60)], Scalar], Field(max_length=30)]
 
@@ -76,6 +81,47 @@ class Solve(Strict):
     budgets: Annotated[list[BudgetText], Field(max_length=20)] = []
     goal: Annotated[str, Field(min_length=1, max_length=100, examples=["loss", "worst", "weights"])] = "loss"
     most_loss: Annotated[float | None, Field(ge=0)] = None
+
+
+class Choices(Query):
+    """Which plans of a view, by number; refused when the study has changed since the view of ``mark``."""
+
+    study: Name
+    first: Annotated[int, Field(ge=0, lt=2**53)] = 0
+    count: Annotated[int, Field(ge=1, le=MOST_ROWS)] = 100
+    mark: Mark = ""
+
+
+class Why(Query):
+    """Which layer of which plan: a number of the view or a key of its formats, else the plan for the own budgets."""
+
+    study: Name
+    layer: Pattern
+    plan: PlanName = ""
+    mark: Mark = ""
+
+
+class Compare(Query):
+    """Which two plans of a view, each by its number or by the key of its formats."""
+
+    study: Name
+    a: PlanName
+    b: PlanName
+    mark: Mark = ""
+
+
+class Resolve(Strict):
+    """What to solve for until it is asked again; without budgets, for the study's own. Patterns are those of layers."""
+
+    study: Name
+    budgets: Annotated[list[BudgetText], Field(max_length=20)] = []
+    pins: Annotated[dict[Pattern, FormatText], Field(max_length=2000)] = {}
+    bars: Annotated[dict[Pattern, Annotated[list[FormatText], Field(max_length=300)]], Field(max_length=2000)] = {}
+    floors: Annotated[dict[Pattern, FormatText], Field(max_length=2000)] = {}
+    against: Annotated[list[Annotated[int, Field(ge=0, lt=2**16)]] | None, Field(max_length=100_000)] = None
+    whole: bool = False
+    patient: bool = False
+    mark: Mark = ""
 
 
 class Export(Strict):

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mpsearch import registry
-from mpsearch.bundled import resolve_model
+from mpsearch.bundled import model_folder, named_model
 from mpsearch.errors import InputError, UsageError, did_you_mean
+from mpsearch.files import located
 from mpsearch.spec import StudySpec
 from mpsearch.submitting import take_name
 
@@ -39,16 +40,18 @@ class Registered:
             InputError: a place that is not there (E101).
         """
         here = Path.cwd()
-        folders = {name: resolve_model(place, here) for name, place in _pairs("--model", models).items()}
+        folders = {name: named_model(place, here) for name, place in _pairs("--model", models).items()}
         files = {
-            name: str((here / Path(place).expanduser()).resolve()) for name, place in _pairs("--data", data).items()
+            name: place if place in LIBRARY else str(located(place, here))
+            for name, place in _pairs("--data", data).items()
         }
         for name, place in folders.items():
-            if not Path(place).is_dir():
+            if not model_folder(place).is_dir():
                 raise InputError("E101", f"--model {name}: '{place}' is not a folder")
         for name, place in files.items():
-            if not Path(place).is_file():
-                raise InputError("E101", f"--data {name}: '{place}' is not a file")
+            if place not in LIBRARY and not Path(place).is_file():
+                advice = f"a file, or {' or '.join(LIBRARY)}"
+                raise InputError("E101", f"--data {name}: '{place}' is not a file", advice=advice)
         return cls(folders, files)
 
     def model(self, name: str) -> str:

@@ -1,6 +1,8 @@
-"""Tasks with leases, drivers of studies, workers and log lines."""
+"""Tasks with leases, drivers of studies, workers and log lines; scopes of cells in a table of their own."""
 
 from __future__ import annotations
+
+import hashlib
 
 import sqlalchemy as sa
 from alembic import op
@@ -14,6 +16,8 @@ _OLD = "state IN ('new', 'running', 'complete', 'gaps', 'failed', 'paused')"
 _NEW = "state IN ('new', 'submitted', 'running', 'complete', 'gaps', 'failed', 'paused', 'cancelled')"
 _WANTED = "wanted IN ('run', 'pause', 'cancel')"
 _KEPT = "id, name, spec, key, state, created, updated"
+_STATUS = "status IN ('ok', 'non_finite', 'not_offered', 'not_observed', 'failed')"
+_SCORED = "layer, format, batch, status, value, spread, samples, reason, seconds"
 
 
 def _number() -> sa.types.TypeEngine[int]:
@@ -55,8 +59,75 @@ def _rebuild(columns: list[sa.schema.SchemaItem], *checks: sa.schema.SchemaItem)
     op.rename_table("study_anew", "study")
 
 
+def _make_cell(scope: sa.Column[object], *keys: sa.schema.SchemaItem) -> None:
+    op.create_table(
+        "cell",
+        scope,
+        sa.Column("layer", sa.String(500), nullable=False),
+        sa.Column("format", sa.String(200), nullable=False),
+        sa.Column("batch", sa.BigInteger, nullable=False),
+        sa.Column("status", sa.String(20), nullable=False),
+        sa.Column("value", sa.Double),
+        sa.Column("spread", sa.Double),
+        sa.Column("samples", sa.BigInteger, nullable=False),
+        sa.Column("reason", sa.Text, nullable=False),
+        sa.Column("seconds", sa.Double, nullable=False),
+        sa.PrimaryKeyConstraint("scope", "layer", "format", "batch", name="pk_cell"),
+        *keys,
+        sa.CheckConstraint(_STATUS, name="ck_cell_status"),
+        sa.CheckConstraint("(status = 'ok') = (value IS NOT NULL)", name="ck_cell_value"),
+        sqlite_with_rowid=False,
+    )
+
+
+def _put_cells_aside() -> None:
+    if op.get_bind().dialect.name == "postgresql":
+        # The name of an index is taken as long as the index is there.
+        op.drop_constraint("pk_cell", "cell")
+    op.rename_table("cell", "cell_before")
+
+
+def _number_scopes() -> None:
+    """Give each scope a row, and its cells the number of that row instead of its key."""
+    _put_cells_aside()
+    op.create_table(
+        "scope",
+        sa.Column("id", _number(), autoincrement=False, nullable=False),
+        sa.Column("key", sa.String(200), nullable=False),
+        sa.PrimaryKeyConstraint("id", name="pk_scope"),
+        sa.UniqueConstraint("key", name="uq_scope"),
+    )
+    keys = op.get_bind().execute(sa.text("SELECT DISTINCT scope FROM cell_before ORDER BY scope")).scalars().all()
+    table = sa.table("scope", sa.column("id", sa.BigInteger), sa.column("key", sa.String))
+    # They count, and end with 40 bits of the digest of the key.
+    marks = [int.from_bytes(hashlib.sha256(str(key).encode()).digest()[:5]) for key in keys]
+    numbers = [(count << 40) + mark for count, mark in enumerate(marks, 1)]
+    op.bulk_insert(table, [{"id": number, "key": key} for number, key in zip(numbers, keys, strict=True)])
+    _make_cell(
+        sa.Column("scope", _number(), nullable=False),
+        sa.ForeignKeyConstraint(["scope"], ["scope.id"], name="fk_cell_scope", ondelete="CASCADE"),
+    )
+    op.execute(
+        f"INSERT INTO cell (scope, {_SCORED}) SELECT scope.id, {_SCORED} FROM cell_before "
+        "JOIN scope ON scope.key = cell_before.scope ORDER BY scope.id, layer, format, batch"
+    )
+    op.drop_table("cell_before")
+
+
+def _name_scopes() -> None:
+    _put_cells_aside()
+    _make_cell(sa.Column("scope", sa.String(200), nullable=False))
+    op.execute(
+        f"INSERT INTO cell (scope, {_SCORED}) SELECT scope.key, {_SCORED} FROM cell_before "
+        "JOIN scope ON scope.id = cell_before.scope"
+    )
+    op.drop_table("cell_before")
+    op.drop_table("scope")
+
+
 def upgrade() -> None:
     """Make the tables and the columns."""
+    _number_scopes()
     if op.get_bind().dialect.name == "sqlite":
         checks = (
             sa.CheckConstraint(_NEW, name="ck_study_state"),
@@ -124,6 +195,7 @@ def _make_task() -> None:
 
 def downgrade() -> None:
     """Drop them; a study that an older version does not know becomes ``paused``."""
+    _name_scopes()
     for table in ("event", "worker", "task"):
         op.drop_table(table)
     op.execute("UPDATE study SET state = 'paused' WHERE state IN ('submitted', 'cancelled')")
