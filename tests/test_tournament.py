@@ -250,7 +250,7 @@ def test_the_command_lists_every_estimator(capsys: pytest.CaptureFixture[str]) -
 def test_the_command_names_a_study_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = tmp_path / "d.db"
     classifier(store).store.close()
-    assert run(["estimators", "nothing", "--storage", f"sqlite:///{store}"]) == 6
+    assert run(["estimators", "nothing", "--storage", f"sqlite:///{store}"]) == 3
     assert "nothing" in capsys.readouterr().err
 
 
