@@ -37,7 +37,10 @@ def test_the_word_of_who_submits_counts_for_the_process_that_it_starts(tmp_path:
         name="s", model="m", calibration="c", validation="v", budgets=["4"], trust_remote_code=trusts, out=str(tmp_path)
     )
     number = start(asked, f"sqlite:///{tmp_path / 'none.db'}")
-    words = Path(f"/proc/{number}/cmdline").read_text(encoding="utf-8").split("\0")
+    told = Path(f"/proc/{number}/cmdline")
+    # Empty for a moment, while the system puts the new program in the place of this one.
+    until(lambda: told.read_text(encoding="utf-8") != "")
+    words = told.read_text(encoding="utf-8").split("\0")
     assert "--study" in words
     assert ("--trust-remote-code" in words) == trusts
     # It finds no database and ends.
