@@ -104,7 +104,7 @@ def test_solve_says_what_a_budget_is_worth_and_what_is_in_doubt(
 
     assert run(["solve", "small-llama", "--budget", "weights <= 3.5 bits"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"price       one more MiB of weights would save [\d.e+-]+ nats/token", out)
+    assert re.search(r"price       [\d.e+-]+ nats/token per MiB of weights, for small changes", out)
     opened = stored.open_study
 
     def careful(name: str, storage: str) -> Any:

@@ -16,14 +16,14 @@ _LISTED = 5
 
 
 def price_lines(plan: BitPlan) -> Iterator[str]:
-    """What one more unit of each budget would save."""
+    """The price of each budget that binds: the slope at the plan, which holds for small changes."""
     for entry in plan.source.get("prices", ()):
         resource = str(entry["budget"]).split(" ")[0]
         unit, size = UNITS.get(resource, ("unit", 1))
         # Prices of the relaxed problem can be a rounding error above none.
         if entry["price"] * size > 1e-9 * abs(plan.predicted.loss or 0.0):
             saved = f"{entry['price'] * size:.3g} {plan.predicted.unit}"
-            yield f"price       one more {unit} of {resource} would save {saved}"
+            yield f"price       {saved} per {unit} of {resource}, for small changes"
 
 
 def cost_lines(plan: BitPlan, costs: Sequence[CostTable]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mpsearch import registry
 from mpsearch.client.study import RemoteStudy
-from mpsearch.errors import InputError, MpsearchError
+from mpsearch.errors import InputError
 from mpsearch.front import ParetoFront
 from mpsearch.layer import Layers
 from mpsearch.plan import BitPlan
@@ -16,7 +16,7 @@ from mpsearch.stored_study import StoredStudy
 from mpsearch.tasks import Survey
 from mpsearch.verdict import verdict
 from mpsearch.views.points import PlanRow, Points
-from mpsearch.views.study_view import Limit, StudyView
+from mpsearch.views.study_view import Limit, StudyView, or_none
 
 
 def view_of(source: Any) -> StudyView:
@@ -80,8 +80,8 @@ def points_of(front: ParetoFront) -> Points:
 
 
 def _of_server(study: RemoteStudy) -> StudyView:
-    survey = _or_none(lambda: study.survey)
-    scores = _or_none(lambda: study.scores)
+    survey = or_none(lambda: study.survey)
+    scores = or_none(lambda: study.scores)
     plans, costs, measured = study.plans, tuple(study.costs), tuple(study.measurements)
     tables = {table.resource: table for table in costs}
     limits = tuple(
@@ -108,12 +108,3 @@ def _of_server(study: RemoteStudy) -> StudyView:
         dict(plans[0].plan.model) if plans else {},
         tuple(verdict(plans[0], measured, costs)) if plans else (),
     )
-
-
-def _or_none(read: Any) -> Any:
-    try:
-        return read()
-    except MpsearchError as error:
-        if error.code != "E143":
-            raise
-        return None

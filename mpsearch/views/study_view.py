@@ -90,7 +90,7 @@ class StudyView:
         """
         store, name = study.store, study.name
         links = store.links(name, "plan")
-        survey = _or_none(lambda: study.survey)
+        survey = or_none(lambda: study.survey)
         plans, spoiled = readable_plans(store, [link.key for link in links], survey.layers if survey else None)
         rows = [PlanRow.stored(link.label, plans[link.key]) for link in links if link.key in plans]
         # One plan is read with its layers: what its bytes come to, and of which model it is.
@@ -99,7 +99,7 @@ class StudyView:
         # Where the study's own plan is damaged no other one stands in for it.
         there = first is not None and first is links[0]
         chosen = Labelled(links[0].label, BitPlan.from_json(body)) if there and body is not None else None
-        scores = _or_none(lambda: study.scores) if study.scored else None
+        scores = or_none(lambda: study.scores) if study.scored else None
         costs = tuple(study.costs)
         measured = tuple(study.measured_at({row.assignment: row.predicted.get("cost", {}) for row in rows}))
         layers = survey.layers if survey is not None else _NO_LAYERS
@@ -192,7 +192,8 @@ def _number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _or_none(read: Any) -> Any:
+def or_none(read: Any) -> Any:
+    """Return what is read of a study, None when the study has not come so far."""
     try:
         return read()
     except MpsearchError as error:

@@ -267,7 +267,7 @@ def _answer(warm: Warm, found: Solution, tables: Sequence[CostTable]) -> dict[st
 def _prices(
     warm: Warm, budgets: Sequence[Budget], tables: Sequence[CostTable], found: Solution
 ) -> list[dict[str, Any]]:
-    """What one more MiB, millisecond or unit of each budget would save."""
+    """The price of each budget per MiB, millisecond or other unit: the slope at the plan, for small changes."""
     prices = []
     for budget, table, price in zip(budgets, tables, found.prices, strict=True):
         unit, size = UNITS[budget.resource]
